@@ -198,6 +198,8 @@ class Emu35VisionTokenizerConfig(PreTrainedConfig):
         num_res_blocks (`int`): residual blocks a level (the decoder has one more).
         attn_resolutions (`list[int]`), resolution (`int`):
             a level has attention where `resolution / 2**level` is listed. Nominal: any image size can be encoded.
+        mid_attention (`bool`):
+            attention between the two middle blocks. Without it, codes depend on their neighbourhood only.
         dropout (`float`): inside residual blocks, in training.
         norm_num_groups (`int`):
             groups of every GroupNorm. The release has 32. As many groups as channels is instance norm, which wipes out flat colours.
@@ -207,6 +209,7 @@ class Emu35VisionTokenizerConfig(PreTrainedConfig):
         reconstruction_loss (`str`): "l1" or "l2".
         quantization_loss_weight, commitment_loss_weight (`float`): pull codes to latents, and latents to codes.
         entropy_loss_weight (`float`): of IBQ's entropy term (confident codes, evenly used codebook).
+        initializer_range (`float`): standard deviation of a fresh codebook.
     """
 
     model_type = "emu35_vision_tokenizer"
@@ -220,6 +223,7 @@ class Emu35VisionTokenizerConfig(PreTrainedConfig):
     num_res_blocks: int = 4
     attn_resolutions: list[int] | tuple[int, ...] = (16,)
     resolution: int = 256
+    mid_attention: bool = True
     in_channels: int = 3
     out_channels: int = 3
     dropout: float | int = 0.0
@@ -252,7 +256,8 @@ class Emu35VisionTokenizerConfig(PreTrainedConfig):
             )
 
 
-def _is_release(config_dict: dict[str, Any]) -> bool:
+def is_released_config(config_dict: dict[str, Any]) -> bool:
+    """Is this the release's own flat `config.json`?"""
     return config_dict.get("model_type") == "Emu3" and "text_config" not in config_dict
 
 
@@ -302,7 +307,6 @@ class Emu35Config(PreTrainedConfig):
     sub_configs_defaults = {
         "text_config": Emu35TextConfig,
         "vision_tokenizer_config": SubConfigSpec(Emu35VisionTokenizerConfig, optional=True),
-        "token_layout": Emu35TokenLayout,
     }
 
     text_config: dict | Emu35TextConfig | None = None
@@ -313,10 +317,18 @@ class Emu35Config(PreTrainedConfig):
     visual_loss_weight: float | int = 0.5
     tie_word_embeddings: bool = False
 
+    def __post_init__(self, **kwargs):
+        # Not one of `sub_configs_defaults`: transformers expects a module with an attention behind each of those.
+        if not isinstance(self.token_layout, Emu35TokenLayout):
+            self.token_layout = Emu35TokenLayout(**(self.token_layout or {}))
+        super().__post_init__(**kwargs)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        if _is_release(config_dict):
+        if is_released_config(config_dict):
             config_dict = _from_release(config_dict)
+        elif config_dict.get("model_type") == Emu35TextConfig.model_type:  # what a bare Emu35Model saves
+            config_dict = {"text_config": config_dict, "vision_tokenizer_config": None}
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -324,7 +336,7 @@ class Emu35Config(PreTrainedConfig):
         # Not the base class's own version: that warns about `model_type` "Emu3" before `from_dict` can translate it.
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type and not _is_release(config_dict):
+        if model_type not in (cls.model_type, Emu35TextConfig.model_type) and not is_released_config(config_dict):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a `{model_type}` model. Emu35Config reads `{cls.model_type}` "
                 "checkpoints and the release's own (`Emu3`)."

@@ -1,0 +1,199 @@
+"""Settings and result of `generate`."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation import GenerationConfig
+from transformers.utils import ModelOutput
+
+GENERATION_MODES = ("text", "image", "interleaved")
+
+#: What the release uses for each task where it differs from the values of `RELEASED_DEFAULTS` (its example configurations).
+RELEASED_TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "t2i": {"guidance_scale": 5.0},
+    "x2i": {"guidance_scale": 3.0},
+    "story": {"image_top_k": 10240},
+    "howto": {"image_top_k": 10240, "top_k": 200, "top_p": 0.8, "temperature": 0.7},
+    "explore": {"image_top_k": 10240},
+    "vla": {"image_top_k": 10240},
+}
+RELEASED_DEFAULTS: dict[str, Any] = {
+    "do_sample": True,
+    "guidance_scale": 3.0,
+    "image_top_k": 5120,
+    "image_top_p": 1.0,
+    "image_temperature": 1.0,
+    "top_k": 1024,
+    "top_p": 0.9,
+    "temperature": 1.0,
+    "max_new_tokens": 32768,
+    "image_area": 1024 * 1024,
+    "task_defaults": RELEASED_TASK_DEFAULTS,
+}
+
+#: Our own settings and their defaults; the inherited ones we honour are named in `HONOURED`.
+_OWN: dict[str, Any] = {
+    "generation_mode": "text",
+    "guidance_scale": None,
+    "image_guidance_scale": None,
+    "image_top_k": None,
+    "image_top_p": None,
+    "image_temperature": None,
+    "image_decoder": "ar",
+    "height": None,
+    "width": None,
+    "aspect_ratio": None,
+    "image_area": 1024 * 1024,
+    "keep_image_size": True,
+    "max_images": None,
+    "task_defaults": None,
+}
+HONOURED = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "pad_token_id",
+    "eos_token_id",
+)
+SETTINGS = (*_OWN, *HONOURED)
+
+
+class Emu35GenerationConfig(GenerationConfig):
+    r"""
+    Settings of [`Emu35ForConditionalGeneration.generate`].
+
+    Text and visual tokens are sampled with settings of their own: `temperature`, `top_k`, `top_p` are the text's.
+
+    Args:
+        generation_mode (`str`): "text", "image" (starts an image at once, stops at its end) or "interleaved".
+        guidance_scale (`float`, *optional*): s = u + scale * (c - u) at visual positions. 1 or `None`: no guidance.
+        image_guidance_scale (`float`, *optional*):
+            second scale for prompts with images: s = n + image_scale * (u - n) + scale * (c - u), n from a prompt without
+            text and images.
+        image_top_k (`int`), image_top_p (`float`), image_temperature (`float`): sampling of visual tokens. `None`: off.
+        image_decoder (`str`): which decoder turns a prefix into codes, see `IMAGE_DECODERS`.
+        height, width (`int`): pixels of the images to make.
+        aspect_ratio (`str`): "16:9" and the like (width to height, of about `image_area` pixels), "auto" (the model
+            writes the size itself), or "reference" (the size of the prompt's last image). Default: "reference" where the
+            prompt has exactly one image, else "auto".
+        image_area (`int`): pixels that `aspect_ratio` aims at.
+        keep_image_size (`bool`): further images of an answer have the size of its first one.
+        max_images (`int`): images of one interleaved answer; after that only text follows.
+        max_new_tokens (`int`): tokens after the prompt, those of images included. `None`: up to the context's end.
+        task_defaults (`dict`): task -> settings that replace the ones above when `generate(task=...)` names the task.
+    """
+
+    def __init__(self, **kwargs):
+        for name, default in _OWN.items():
+            setattr(self, name, kwargs.pop(name, default))
+        kwargs.setdefault("return_dict_in_generate", True)
+        super().__init__(**kwargs)
+
+    def validate(self, **kwargs):
+        super().validate(**kwargs)
+        if self.generation_mode not in GENERATION_MODES:
+            raise ValueError(f"`generation_mode` must be one of {GENERATION_MODES}, got {self.generation_mode!r}.")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"`{name}` must be at least 0 (1 means no guidance), got {value}.")
+        for name in ("temperature", "image_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}. For greedy decoding pass `do_sample=False`.")
+        for name in ("top_k", "image_top_k"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"`{name}` must be a whole number, 0 or None to keep all tokens, got {value!r}.")
+        for name in ("top_p", "image_top_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"`{name}` must lie in (0, 1], got {value}.")
+        for name in ("max_images", "image_area", "num_return_sequences"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+
+    @classmethod
+    def released(cls, **kwargs) -> "Emu35GenerationConfig":
+        """The defaults of the release (its example configurations)."""
+        return cls(**{**RELEASED_DEFAULTS, **kwargs})
+
+    def with_settings(self, task: str | None = None, **settings) -> "Emu35GenerationConfig":
+        """A validated copy with the task's defaults and then `settings` applied.
+
+        Raises:
+            ValueError: for a setting that does not exist (names the nearest one) or has no effect here.
+        """
+        for name in settings:
+            if name not in SETTINGS:
+                near = difflib.get_close_matches(name, SETTINGS, n=1)
+                hint = f" Did you mean `{near[0]}`?" if near else f" Settings: {', '.join(SETTINGS)}."
+                raise ValueError(f"`generate` does not know `{name}`.{hint}")
+        config = self.__class__.from_dict(self.to_dict())
+        if task is not None and self.task_defaults:
+            for name, value in self.task_defaults.get(task, {}).items():
+                setattr(config, name, value)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        config.validate()
+        return config
+
+
+@dataclass
+class Emu35GenerateOutput(ModelOutput):
+    """What `generate` returns.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, length)`): prompt and answer, padded on the right.
+        answer_start (`torch.LongTensor` of shape `(batch,)`):
+            where each answer begins in `sequences`; where the prompt ended inside an image, that image's BOI.
+        images (`list[list[torch.ByteTensor]]`): complete images of each answer as `(H, W, 3)` pixels; `None` without a vision tokenizer.
+        num_forward_passes (`int`): passes through the decoder (each serves all rows and guidance streams of a batch).
+    """
+
+    sequences: torch.LongTensor | None = None
+    answer_start: torch.LongTensor | None = None
+    images: list[list[torch.Tensor]] | None = None
+    num_forward_passes: int | None = None
+
+    def to(self, device) -> "Emu35GenerateOutput":
+        """A copy with its token ids on `device` (images stay where they are)."""
+        return Emu35GenerateOutput(
+            sequences=self.sequences.to(device),
+            answer_start=self.answer_start.to(device),
+            images=self.images,
+            num_forward_passes=self.num_forward_passes,
+        )
+
+
+def grid_for_aspect_ratio(aspect_ratio: str, area: int, factor: int) -> tuple[int, int]:
+    """(token_height, token_width) for "width:height".  Gives the release's table: 4:3 -> 55 x 73, 16:9 -> 47 x 85, ...
+
+    Args:
+        area (`int`): pixels aimed at.
+        factor (`int`): pixels a side of one code.
+    """
+    width, separator, height = aspect_ratio.partition(":")
+    if not separator or not (width.isdecimal() and height.isdecimal()) or not (int(width) and int(height)):
+        raise ValueError(
+            f'`aspect_ratio` must be like "16:9" (width to height), "auto" or "reference", got {aspect_ratio!r}.'
+        )
+    ratio = max(int(width), int(height)) / min(int(width), int(height))
+    long_side = int((area * ratio) ** 0.5)
+    long_side, short_side = long_side // factor, int(long_side / ratio) // factor
+    if short_side < 1:
+        raise ValueError(
+            f"`aspect_ratio`={aspect_ratio!r} at `image_area`={area} leaves less than one code ({factor} pixels) for the "
+            "shorter side. Choose a squarer ratio or a larger area."
+        )
+    return (short_side, long_side) if int(width) >= int(height) else (long_side, short_side)
+
+
+__all__ = ["Emu35GenerateOutput", "Emu35GenerationConfig"]

@@ -1,0 +1,110 @@
+"""Reading images out of a sequence of token ids: the grammar `BOI h "*" w IMG row EOL row ... EOI`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .configuration_emu35 import Emu35TokenLayout
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """One image in a sequence of ids.
+
+    Attributes:
+        begin, end (`int`): `ids[begin]` is BOI; `end` is one past the last id that belongs to the image.
+        size_ids (`tuple[int, ...]`): ids between BOI and IMG.
+        token_height, token_width (`int` or `None`): the size, where it is written out and well formed.
+        codes (`tuple[int, ...]`): visual codes (not ids), row after row, as far as they go.
+        state (`str`): "size" (IMG has not come), "rows" (codes may follow), "complete" (closed, every row full) or "damaged".
+        problem (`str`): what is wrong with a damaged image, else empty.
+    """
+
+    begin: int
+    end: int
+    size_ids: tuple[int, ...]
+    token_height: int | None
+    token_width: int | None
+    codes: tuple[int, ...]
+    state: str
+    problem: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return self.state == "complete"
+
+
+def parse_size(size_ids: Sequence[int], layout: Emu35TokenLayout) -> tuple[int, int] | None:
+    """(token_height, token_width) of the ids between BOI and IMG, or `None` if they are not `digits "*" digits`."""
+    digit_of = {token_id: digit for digit, token_id in enumerate(layout.digit_token_ids)}
+    sides = [[]]
+    for token_id in size_ids:
+        if token_id == layout.size_separator_token_id:
+            sides.append([])
+        elif token_id in digit_of:
+            sides[-1].append(digit_of[token_id])
+        else:
+            return None
+    if len(sides) != 2 or not all(sides):
+        return None
+    height, width = (int("".join(map(str, side))) for side in sides)
+    return (height, width) if height and width else None
+
+
+def parse_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> ImageTokens:
+    """The image whose BOI is `ids[begin]`.  Ends at its EOI, or before the first id that cannot belong to it."""
+    position = begin + 1
+    size_tokens = {*layout.digit_token_ids, layout.size_separator_token_id}
+    while position < len(ids) and ids[position] in size_tokens:
+        position += 1
+    size_ids = tuple(ids[begin + 1 : position])
+    size = parse_size(size_ids, layout)
+    if position == len(ids):
+        height, width = size or (None, None)
+        return ImageTokens(begin, position, size_ids, height, width, (), "size")
+    if size is None or ids[position] != layout.img_token_id:
+        return ImageTokens(begin, position, size_ids, None, None, (), "damaged", "its size is not written as height*width")
+    height, width = size
+    position += 1
+    rows: list[list[int]] = [[]]
+    closed = False
+    while position < len(ids) and not closed:
+        token_id = ids[position]
+        if layout.visual_token_offset <= token_id < layout.visual_token_end:
+            rows[-1].append(token_id - layout.visual_token_offset)
+        elif token_id == layout.eol_token_id:
+            rows.append([])
+        elif token_id == layout.eoi_token_id:
+            closed = True
+        else:
+            break
+        position += 1
+    codes = tuple(code for row in rows for code in row)
+    fits = len(rows) <= height and all(len(row) == width for row in rows[:-1]) and len(rows[-1]) <= width
+    if closed and fits and len(codes) == height * width:
+        state, problem = "complete", ""
+    elif not closed and position == len(ids) and fits:
+        state, problem = "rows", ""
+    else:
+        state = "damaged"
+        problem = f"{len(codes)} codes in {len(rows)} rows instead of {height}*{width}"
+    return ImageTokens(begin, position, size_ids, height, width, codes, state, problem)
+
+
+def find_images(ids: Sequence[int], layout: Emu35TokenLayout, start: int = 0) -> Iterator[ImageTokens]:
+    """All images of a sequence from index `start` on, in order."""
+    position = start
+    while position < len(ids):
+        if ids[position] == layout.boi_token_id:
+            image = parse_image(ids, position, layout)
+            yield image
+            position = image.end
+        else:
+            position += 1
+
+
+def last_image(ids: Sequence[int], layout: Emu35TokenLayout, start: int = 0) -> ImageTokens | None:
+    """The last image of a sequence, or `None`."""
+    image = None
+    for image in find_images(ids, layout, start):  # noqa: B007 - only the last one matters
+        pass
+    return image

@@ -1,0 +1,393 @@
+"""The Emu3.5 decoder and its composite with the vision tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3Model,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+
+from .checkpoint_emu35 import ReleasedCheckpointMixin
+from .configuration_emu35 import Emu35Config, Emu35TextConfig
+from .generation_emu35 import Emu35GenerationMixin
+from .image_tokens_emu35 import last_image
+from .modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
+
+#: Bytes of float32 logits that one chunk of the loss may hold.
+LOSS_CHUNK_BYTES = 128 * 2**20
+
+
+@dataclass
+class Emu35CausalLMOutput(CausalLMOutputWithPast):
+    """[`~transformers.modeling_outputs.CausalLMOutputWithPast`]; `logits` is `None` when only the loss was asked for."""
+
+
+class Emu35DecoderLayer(Qwen3DecoderLayer):
+    """Qwen3's layer with the release's dropout on both residual branches."""
+
+    def __init__(self, config: Emu35TextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.residual_dropout = config.residual_dropout
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + F.dropout(attended, self.residual_dropout, self.training)
+        fed_forward = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + F.dropout(fed_forward, self.residual_dropout, self.training)
+
+
+class Emu35PreTrainedModel(PreTrainedModel):
+    config: Emu35Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Emu35DecoderLayer", "Emu35VisionTokenizer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Emu35DecoderLayer, "attentions": Qwen3Attention}
+
+
+class Emu35Model(Emu35PreTrainedModel, Qwen3Model):
+    """
+    The decoder without output head: token ids in, hidden states out.  Image tokens are ordinary tokens here.
+
+    Takes an [`Emu35TextConfig`], or the text part of an [`Emu35Config`].
+    """
+
+    config_class = Emu35Config
+    _keys_to_ignore_on_load_unexpected = [r"^vision_tokenizer\.", r"^lm_head\."]
+
+    def __init__(self, config: Emu35TextConfig | Emu35Config):
+        config = config.get_text_config()
+        # Not Qwen3Model's own __init__: it would build (and initialise) layers without dropout first.
+        PreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(Emu35DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in config.layer_types
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): or `inputs_embeds` `(batch, length, hidden_size)`.
+            attention_mask (`torch.Tensor`): `(batch, cached + length)`, 1 = attend; or a prepared 4D mask.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=F.dropout(inputs_embeds, self.config.embedding_dropout, self.training),
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class Emu35ForConditionalGeneration(Emu35PreTrainedModel, ReleasedCheckpointMixin, Emu35GenerationMixin):
+    """
+    Emu3.5: decoder, output head, and (where the configuration has one) the vision tokenizer.
+
+    `from_pretrained` also reads the release's own checkpoints; `vision_tokenizer=DIRECTORY` adds the vision tokenizer,
+    which those do not contain.
+    """
+
+    input_modalities = ("text", "image")
+    output_modalities = ("text", "image")
+    # Codes are an argmax over up to 131,072 near neighbours: half precision would flip some of them.
+    _keep_in_fp32_modules_strict = ["vision_tokenizer"]
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: Emu35Config):
+        super().__init__(config)
+        self.model = Emu35Model(config.text_config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.vision_tokenizer = (
+            None if config.vision_tokenizer_config is None else Emu35VisionTokenizer(config.vision_tokenizer_config)
+        )
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def get_decoder(self):
+        return self.model
+
+    def set_decoder(self, decoder):
+        self.model = decoder
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        vocabulary: Literal["all", "text", "visual"] = "all",
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> Emu35CausalLMOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): image placeholders are resolved if `pixel_values` come.
+            labels (`torch.LongTensor` of shape `(batch, length)`):
+                usually a copy of `input_ids`; -100 is ignored. The shift happens here. With `labels`, logits are computed
+                in chunks for the loss and not returned, unless `logits_to_keep` asks for them.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*):
+                the last n positions (0: all), or their indices. Default: all, or none when there are `labels`.
+            vocabulary (`str`): which rows of the output matrix `logits` covers, see [`compute_logits`].
+            num_items_in_batch (`int`, *optional*): divisor of the summed loss under gradient accumulation.
+        """
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("`pixel_values` needs `input_ids` with image placeholders; got `inputs_embeds` alone.")
+            resolved = self.resolve_image_tokens(input_ids=input_ids, pixel_values=pixel_values)["input_ids"]
+            if labels is not None:
+                placeholder = self.config.token_layout.image_placeholder_token_id
+                labels = torch.where(labels == placeholder, resolved, labels)
+            input_ids = resolved
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None if labels is None else self.compute_loss(hidden_states, labels, num_items_in_batch)
+        logits = None
+        if labels is None or logits_to_keep is not None:
+            kept = slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep)
+            logits = self.compute_logits(kept, vocabulary)
+        return Emu35CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def compute_logits(
+        self, hidden_states: torch.Tensor, vocabulary: Literal["all", "text", "visual"] = "all"
+    ) -> torch.Tensor:
+        """Logits over all ids, over the text ids only, or over the visual ids only.
+
+        Only the rows asked for are read: in the released vocabulary, 54 % (text) or 46 % (visual) of the output matrix.
+
+        Returns:
+            `torch.Tensor` of shape `(..., n)`: column c means id c ("all"), visual code c ("visual"), or id c while
+            c < `visual_token_offset` ("text"; ids after the visual range, where there are any, follow).
+        """
+        layout = self.config.token_layout
+        begin, end = layout.visual_token_offset, layout.visual_token_end
+        if vocabulary == "all":
+            return self.lm_head(hidden_states)
+        if vocabulary not in ("text", "visual"):
+            raise ValueError(f'`vocabulary` must be "all", "text" or "visual", got {vocabulary!r}.')
+        spans = [(begin, end)] if vocabulary == "visual" else [(0, begin), (end, self.config.text_config.vocab_size)]
+        spans = [(first, last) for first, last in spans if last > first]
+        # Rows can be sliced only where the head really is that matrix: not quantised, sharded, offloaded or adapted.
+        weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
+        if weight is not None and type(weight) in (nn.Parameter, torch.Tensor) and weight.device.type != "meta":
+            hidden_states = hidden_states.to(weight.device)
+            parts = [F.linear(hidden_states, weight[first:last]) for first, last in spans]
+        else:
+            logits = self.lm_head(hidden_states)
+            parts = [logits[..., first:last] for first, last in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def compute_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Next-token loss: the weighted mean of the cross-entropies, `visual_loss_weight` for visual targets, else 1.
+
+        The full logits never exist: positions go through the head in chunks of `LOSS_CHUNK_BYTES`, and a chunk's logits
+        are computed again in the backward pass.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`).
+            labels (`torch.LongTensor` of shape `(batch, length)`): not shifted; -100 is ignored.
+        """
+        targets = labels[:, 1:].reshape(-1).to(hidden_states.device)
+        positions = (targets != -100).nonzero()[:, 0]
+        targets = targets[positions]
+        hidden_states = hidden_states[:, :-1].flatten(0, 1)[positions]
+        layout = self.config.token_layout
+        visual = (targets >= layout.visual_token_offset) & (targets < layout.visual_token_end)
+        weights = torch.where(visual, float(self.config.visual_loss_weight), 1.0)
+
+        def chunk_loss(hidden_states, targets, weights):
+            losses = F.cross_entropy(self.lm_head(hidden_states).float(), targets, reduction="none")
+            return (losses * weights).sum()
+
+        size = max(1, LOSS_CHUNK_BYTES // (4 * self.config.text_config.vocab_size))
+        chunks = list(
+            zip(hidden_states.split(size), targets.split(size), weights.split(size), strict=True)
+            if len(targets)
+            else [(hidden_states, targets, weights)]
+        )
+        total = hidden_states.new_zeros((), dtype=torch.float32)
+        for chunk in chunks:
+            # Recomputing pays only where several chunks would have to be kept.
+            recompute = len(chunks) > 1 and torch.is_grad_enabled()
+            total = total + (checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk))
+        return total / (weights.sum().clamp(min=1e-8) if num_items_in_batch is None else num_items_in_batch)
+
+    def _require_vision_tokenizer(self) -> Emu35VisionTokenizer:
+        if self.vision_tokenizer is None:
+            raise ValueError(
+                "this checkpoint has no vision tokenizer, so images can be neither encoded nor decoded (text and codes "
+                "work). Load it with `from_pretrained(..., vision_tokenizer=DIRECTORY)`, or merge both with "
+                "`python -m emu35.convert_emu35_to_hf`."
+            )
+        return self.vision_tokenizer
+
+    @torch.no_grad()
+    def encode_image(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.LongTensor]:
+        """Visual codes of images of any sizes.
+
+        Args:
+            pixel_values: `(n, 3, H, W)`, or a sequence of `(3, H, W)`; values in [-1, 1].
+        Returns:
+            `list[torch.LongTensor]`, each `(h, w)`.
+        """
+        vision_tokenizer = self._require_vision_tokenizer()
+        parameter = next(vision_tokenizer.parameters())
+        images = [
+            image[0] if image.ndim == 4 and len(image) == 1 else image
+            for image in (pixel_values.unbind(0) if isinstance(pixel_values, torch.Tensor) else pixel_values)
+        ]
+        return list(vision_tokenizer.encode([image.to(parameter.device, parameter.dtype) for image in images]))
+
+    @torch.no_grad()
+    def decode_image(self, codes: Sequence[torch.LongTensor]) -> list[torch.Tensor]:
+        """Pixels `(3, H, W)` (range about [-1, 1], not clamped) of grids of codes `(h, w)` of any sizes."""
+        vision_tokenizer = self._require_vision_tokenizer()
+        device = next(vision_tokenizer.parameters()).device
+        return list(vision_tokenizer.decode([grid.to(device) for grid in codes]))
+
+    def resolve_image_tokens(self, pixel_values=None, **inputs) -> dict:
+        """Replaces every image placeholder by the image's visual token, in `input_ids` and in all negative prompts.
+
+        Args:
+            pixel_values: images in the order of their placeholders, row after row (what the processor returns).
+            inputs: `input_ids` and what else the processor returned; everything that is not token ids is passed through.
+        Returns:
+            `dict`: `inputs` without `pixel_values` and image sizes.
+        """
+        placeholder = self.config.token_layout.image_placeholder_token_id
+        id_keys = [key for key in inputs if key == "input_ids" or (key.startswith("negative") and key.endswith("_ids"))]
+        resolved = {key: value for key, value in inputs.items() if key not in ("image_sizes", "image_grids")}
+        visual_ids = None
+        if pixel_values is not None:
+            codes = self.encode_image(pixel_values)
+            visual_ids = torch.cat([grid.flatten() for grid in codes]) + self.config.token_layout.visual_token_offset
+        for key in id_keys:
+            ids = inputs[key]
+            if ids is None:
+                continue
+            holes = ids == placeholder if placeholder is not None else torch.zeros_like(ids, dtype=torch.bool)
+            num_holes = int(holes.sum())
+            if num_holes == 0 and (visual_ids is None or key != "input_ids"):
+                continue
+            if visual_ids is None:
+                raise ValueError(
+                    f"`{key}` has {num_holes} image placeholders but there are no `pixel_values`. Pass the images the "
+                    "processor returned beside the ids."
+                )
+            if num_holes != len(visual_ids):
+                raise ValueError(
+                    f"`{key}` has {num_holes} image placeholders but `pixel_values` give {len(visual_ids)} visual tokens. "
+                    "Pass ids and images of the same processor call."
+                )
+            resolved[key] = ids.masked_scatter(holes, visual_ids.to(ids.device, ids.dtype))
+        return resolved
+
+    def decode_image_tokens(self, sequences) -> list[torch.Tensor]:
+        """Pixels of the last image of each sequence (height and width are read from the sequence).
+
+        Args:
+            sequences: `(batch, length)` token ids, or what [`generate`] returned.
+        Returns:
+            `list[torch.Tensor]`, each `(3, H, W)`, range about [-1, 1].
+        """
+        sequences = getattr(sequences, "sequences", sequences)
+        grids = []
+        for row, ids in enumerate(sequences.tolist()):
+            image = last_image(ids, self.config.token_layout)
+            if image is None or not image.complete:
+                raise ValueError(f"row {row} of `sequences` does not end in a complete image.")
+            grids.append(torch.tensor(image.codes).view(image.token_height, image.token_width))
+        return self.decode_image(grids)
+
+
+__all__ = ["Emu35CausalLMOutput", "Emu35ForConditionalGeneration", "Emu35Model", "Emu35PreTrainedModel"]

@@ -1,0 +1,615 @@
+"""Processor of Emu3.5: prompts in, typed segments out.
+
+Plain text that stands together in a prompt, the template's and the user's, is joined and then encoded by a tokenizer
+that has no control tokens at all. So BPE sees the same string as in the release, and what a user types can never become
+a control token.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from tokenizers import Tokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .configuration_emu35 import Emu35TokenLayout
+from .image_processing_emu35 import flatten_images, is_single_image
+from .prompts_emu35 import (
+    Conversation,
+    ImagePiece,
+    Piece,
+    TaskTemplate,
+    Turn,
+    get_template,
+    read_conversation,
+    unconditional_pieces,
+)
+from .segments_emu35 import Segment, decode_images, iter_images, parse_segments, pixels_to_pil, read_image
+
+#: A visual token as a string, in the release's vocabulary and in [`Emu35Processor.decode`].
+VISUAL_TOKEN = "<|visual token {:06d}|>"
+_VISUAL_TOKEN_PATTERN = re.compile(r"<\|visual token (\d{6})\|>")
+
+
+class Emu35Inputs(BatchFeature):
+    """What the processor returns.  `to(dtype=...)` moves `pixel_values` but leaves them in float32.
+
+    The vision tokenizer computes in float32 whatever the model's dtype is, and pixels rounded to half precision would
+    change codes.
+    """
+
+    def to(self, *args, **kwargs) -> "Emu35Inputs":
+        pixel_values = self.data.get("pixel_values")
+        super().to(*args, **kwargs)
+        if pixel_values is not None:
+            moved = self.data["pixel_values"]
+            self.data["pixel_values"] = [
+                image.to(target.device) for image, target in zip(pixel_values, moved, strict=True)
+            ]
+        return self
+
+
+class Emu35Processor(ProcessorMixin):
+    r"""
+    Text and images to the model's inputs, and its output to typed segments.
+
+    Args:
+        image_processor ([`Emu35ImageProcessor`]): prepares images; its `factor` is the vision tokenizer's.
+        tokenizer (`PreTrainedTokenizerFast`): see `tokenization_emu35`.
+        token_layout ([`Emu35TokenLayout`] or `dict`, *optional*): which id means what; default: the released vocabulary.
+        image_area (`int` or `dict[str, int]`, *optional*):
+            pixels, about, of an image of the prompt, for all tasks or by task; default: the task's own.
+        max_images (`int`, defaults to 3): images allowed in one user turn (3 is the release's limit for x2i).
+
+    Example:
+        >>> inputs = processor(text="a red fox", task="t2i")
+        >>> segments = processor.post_process_multimodal_output(model.generate(**inputs))[0]
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        token_layout: Emu35TokenLayout | dict | None = None,
+        image_area: int | dict[str, int] | None = None,
+        max_images: int = 3,
+        chat_template: str | None = None,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"`tokenizer` must be a fast tokenizer, got {type(tokenizer).__name__}. Make one with "
+                "tokenizer_from_tiktoken, tokenizer_from_qwen or train_small_tokenizer."
+            )
+        if not isinstance(token_layout, Emu35TokenLayout):
+            token_layout = Emu35TokenLayout(**(token_layout or {}))
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= token_layout.visual_token_offset:
+            raise ValueError(
+                f"`tokenizer` has ids up to {largest}, but in `token_layout` the visual ids begin at "
+                f"{token_layout.visual_token_offset}. Use token_layout_from_tokenizer(tokenizer, ...)."
+            )
+        for task in image_area if isinstance(image_area, dict) else ():
+            get_template(task)
+        self.token_layout = token_layout
+        self.image_area = image_area
+        self.max_images = max_images
+
+    @property
+    def model_input_names(self) -> list[str]:
+        prompts = ("negative_prompt", "negative_image_prompt")
+        negative = [f"{prompt}_{name}" for prompt in prompts for name in ("ids", "attention_mask")]
+        return ["input_ids", "attention_mask", "pixel_values", "image_grids", *negative]
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        layout = self.token_layout.to_dict()
+        output["token_layout"] = {key: layout[key] for key in Emu35TokenLayout.__annotations__}
+        return output
+
+    # ---------------------------------------------------------------------------------------------- prompts to ids
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        images: Any = None,
+        task: str = "t2i",
+        image_area: int | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        max_length: int | None = None,
+        allow_control_tokens: bool = False,
+        videos: None = None,
+        audio: None = None,
+    ) -> Emu35Inputs:
+        """The inputs of [`generate`] for one prompt or a batch of prompts of the same task.
+
+        Args:
+            text (`str` or `list[str]`): what the user says.
+            images:
+                for one text: an image or a list of images; for a list of texts: a list of the same length whose items
+                are an image, a list of images, or `None`.  What counts as an image: see [`Emu35ImageProcessor`].
+            task (`str`): "t2i", "x2i", "howto", "story", "explore", "vla" or "vqa".
+            image_area (`int`, *optional*): pixels, about, of each image after resizing.
+            return_tensors (`str`, *optional*): "pt", "np", or `None` for lists (of ids; pixels are always tensors).
+            padding (`bool` or `str`): to the longest, on the left; "max_length": to `max_length`; `False`: not at all.
+            max_length (`int`, *optional*): longest prompt; default: the tokenizer's `model_max_length`.
+            allow_control_tokens (`bool`):
+                whether control tokens and visual tokens written in `text` count as such. Only for text you trust.
+
+        Returns:
+            [`Emu35Inputs`]: `input_ids` and `attention_mask` `(batch, length)`.  With images: `pixel_values`, a flat list
+            of `(3, H, W)` in the order of their placeholders, row after row, and `image_grids` `(num_images, 2)`, their
+            height and width in codes.  For tasks that make images: the unconditional prompts, with the same images, as
+            `negative_prompt_ids` and `negative_prompt_attention_mask`, and, with images, those without images too (for
+            two-scale guidance) as `negative_image_prompt_ids` and `negative_image_prompt_attention_mask`.
+        Raises:
+            TypeError, ValueError: on empty or too long text, images that cannot be read, too many or too few images, an
+                unknown task, or a batch whose texts and images don't match.
+        """
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None:
+                raise ValueError(f"`{name}` must be None: Emu3.5 takes text and images.")
+        batched = isinstance(text, (list, tuple))
+        texts = list(text) if batched else [text]
+        if not texts:
+            raise ValueError("`text` is an empty list. Give at least one prompt.")
+        conversations, names = [], []
+        for row, row_images in enumerate(_images_per_text(images, len(texts), batched)):
+            names.append(f"text[{row}]" if batched else "text")
+            if not isinstance(texts[row], str):
+                raise TypeError(f"`{names[-1]}` must be a string, got {type(texts[row]).__name__}.")
+            pieces = [ImagePiece(image=image) for image in row_images]
+            conversations.append(Conversation([Turn("user", [*pieces, texts[row]])]))
+        return self._build_inputs(
+            conversations, names, task, image_area, return_tensors, padding, max_length, allow_control_tokens
+        )
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: None = None,
+        task: str = "t2i",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        return_tensors: str | None = "pt",
+        return_assistant_tokens_mask: bool = False,
+        image_area: int | None = None,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        allow_control_tokens: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ) -> Emu35Inputs | torch.Tensor | list | str:
+        """A conversation, or a batch of conversations, as the inputs of [`generate`].
+
+        One user message gives exactly what [`__call__`] gives. The release knows only that one turn; further turns are
+        written like the first, and an assistant's turn ends as its answers end:
+        `{BOS}{system} USER: {content} ASSISTANT: {BSS}{answer}{ESS}{EOS} USER: {content} ASSISTANT: {BSS}`.
+        A system message takes the place of the task's opening sentence. The unconditional prompts hold all images of the
+        conversation and none of its text.
+
+        Args:
+            conversation:
+                messages `{"role": "system" | "user" | "assistant", "content": ...}`. Content is a string or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `"path"`, `"url"`, `"base64"`). An
+                assistant's may also hold `{"type": "global_thought" | "image_thought", "text": ...}`, or the segments that
+                [`decode_multimodal`] returned. In a user's turn the task decides whether images stand before or after
+                the text, as in training; only images *between* texts stay where they are.
+            task (`str`): see [`__call__`].
+            add_generation_prompt (`bool`): whether the assistant speaks next. `False` for training.
+            continue_final_message (`bool`):
+                the last message is the assistant's and unfinished (`add_generation_prompt` is without effect then).
+            tokenize (`bool`): `False`: the prompt as a string, for reading. Do not encode it again: in a string, text
+                that looks like a control token cannot be told from a control token.
+            return_dict (`bool`): `False`: only the ids.
+            return_assistant_tokens_mask (`bool`): adds `assistant_masks`, 1 on what the assistant says (ESS, EOS included).
+            return_tensors, image_area, padding, max_length, allow_control_tokens: see [`__call__`].
+            processor_kwargs (`dict`, *optional*): any of these, as transformers' pipelines pass them.
+        Raises:
+            TypeError, ValueError: as [`__call__`], and on messages that are malformed or out of turn.
+        """
+        unknown = [key for key, value in kwargs.items() if value is not None]
+        if chat_template is not None or unknown:
+            given = unknown or ["chat_template"]
+            raise TypeError(f"apply_chat_template takes no {given}: the templates are built in, chosen by `task`.")
+        options = {
+            "task": task,
+            "image_area": image_area,
+            "return_tensors": return_tensors,
+            "padding": padding,
+            "max_length": max_length,
+            "allow_control_tokens": allow_control_tokens,
+        }
+        unknown = sorted(set(processor_kwargs or {}) - set(options))
+        if unknown:
+            raise TypeError(f"`processor_kwargs` may hold {list(options)}; got {unknown}.")
+        options |= processor_kwargs or {}
+
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        names = [f"messages[{row}]" for row in range(len(conversation))] if batched else ["messages"]
+        conversations = [
+            read_conversation(messages, self.token_layout, name)
+            for messages, name in zip(conversation if batched else [conversation], names, strict=True)
+        ]
+        for parsed, name in zip(conversations, names, strict=True):
+            last = parsed.turns[-1].role
+            if continue_final_message and last != "assistant":
+                raise ValueError(f"`continue_final_message=True`, but the last of `{name}` is the user's.")
+            if add_generation_prompt and not continue_final_message and last == "assistant":
+                raise ValueError(
+                    f"the last of `{name}` is the assistant's. To go on with it: `continue_final_message=True`; for a "
+                    "finished conversation: `add_generation_prompt=False`."
+                )
+        inputs = self._build_inputs(
+            conversations,
+            names,
+            **options,
+            assistant_next=add_generation_prompt and not continue_final_message,
+            open_end=continue_final_message,
+            return_assistant_masks=return_assistant_tokens_mask,
+        )
+        if not tokenize:
+            ids = [
+                [token_id for token_id, kept in zip(row, mask, strict=True) if kept]
+                for row, mask in zip(_tolist(inputs["input_ids"]), _tolist(inputs["attention_mask"]), strict=True)
+            ]
+            return [self.decode(row) for row in ids] if batched else self.decode(ids[0])
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _build_inputs(
+        self,
+        conversations: list[Conversation],
+        names: list[str],
+        task: str,
+        image_area: int | None,
+        return_tensors: str | None,
+        padding: bool | str,
+        max_length: int | None,
+        allow_control_tokens: bool,
+        assistant_next: bool = True,
+        open_end: bool = False,
+        return_assistant_masks: bool = False,
+    ) -> Emu35Inputs:
+        template = get_template(task)
+        if return_tensors not in ("pt", "np", None):
+            raise ValueError(f'`return_tensors` must be "pt", "np" or None, got {return_tensors!r}.')
+        if padding not in (True, False, "longest", "max_length"):
+            raise ValueError(f'`padding` must be True, False, "longest" or "max_length", got {padding!r}.')
+        limit = self.tokenizer.model_max_length if max_length is None else max_length
+        if padding == "max_length" and max_length is None:
+            raise ValueError('`padding="max_length"` needs `max_length`.')
+        for conversation, name in zip(conversations, names, strict=True):
+            self._check_conversation(conversation, name, task)
+
+        data = self._encode_images(conversations, template, task, image_area)
+        prompts, masks = [], []
+        for conversation, name in zip(conversations, names, strict=True):
+            pieces, spoken = conversation.pieces(template, self.token_layout, assistant_next, open_end)
+            ids, mask = self._encode(pieces, spoken, allow_control_tokens)
+            if len(ids) > limit:
+                num_image_tokens = sum(
+                    self.token_layout.num_image_tokens(*image.size) for image in conversation.images
+                )
+                raise ValueError(
+                    f"`{name}` gives a prompt of {len(ids)} tokens ({num_image_tokens} of them images), more than "
+                    f"`max_length`={limit}. Shorten the text, pass fewer images, or a smaller `image_area`."
+                )
+            prompts.append(ids)
+            masks.append(mask)
+        width = max_length if padding == "max_length" else None
+        pad_id = self.token_layout.pad_token_id
+
+        def add(name: str, mask_name: str, rows: list[list[int]]):
+            data[name] = _pad(rows, pad_id, padding, return_tensors, width)
+            data[mask_name] = _pad([[1] * len(row) for row in rows], 0, padding, return_tensors, width)
+
+        add("input_ids", "attention_mask", prompts)
+        if return_assistant_masks:
+            data["assistant_masks"] = _pad(masks, 0, padding, return_tensors, width)
+        if template.makes_images and (assistant_next or open_end):
+            unconditional = [unconditional_pieces(self.token_layout, item.images) for item in conversations]
+            add(
+                "negative_prompt_ids",
+                "negative_prompt_attention_mask",
+                [self._encode(pieces)[0] for pieces in unconditional],
+            )
+            if any(conversation.images for conversation in conversations):
+                empty = self._encode(unconditional_pieces(self.token_layout))[0]
+                rows = [list(empty) for _ in conversations]
+                add("negative_image_prompt_ids", "negative_image_prompt_attention_mask", rows)
+        return Emu35Inputs(data)
+
+    def _check_conversation(self, conversation: Conversation, name: str, task: str):
+        template = get_template(task)
+        for turn in conversation.turns:
+            if turn.role != "user":
+                continue
+            if not "".join(piece for piece in turn.content if isinstance(piece, str)).strip():
+                raise ValueError(
+                    f"`{name}` has an empty prompt. Say what you want; the empty prompts of guidance are made for you."
+                )
+            limit = self.max_images if template.max_images is None else template.max_images
+            if len(turn.images) > limit == 0:
+                raise ValueError(
+                    f"`task={task!r}` takes no images, but `{name}` has {len(turn.images)}. Use task='x2i' to make a new "
+                    "image of them, 'vqa' to ask about them."
+                )
+            if len(turn.images) > limit:
+                raise ValueError(
+                    f"`{name}` has {len(turn.images)} images, more than `max_images`={limit}. Pass fewer, or set "
+                    "`processor.max_images`."
+                )
+        if len(conversation.images) < template.min_images:
+            raise ValueError(
+                f"`task={task!r}` needs an image, but `{name}` has none. Pass `images=`, or use another task "
+                "('t2i' makes images from text alone)."
+            )
+
+    def _encode_images(
+        self, conversations: list[Conversation], template: TaskTemplate, task: str, image_area: int | None
+    ) -> dict[str, Any]:
+        """Prepares all images and writes their sizes, in codes, into the pieces."""
+        pieces = [image for conversation in conversations for image in conversation.images if image.codes is None]
+        if not pieces:
+            return {}
+        if image_area is None:
+            own = self.image_area.get(task) if isinstance(self.image_area, dict) else self.image_area
+            image_area = template.image_area if own is None else own
+        features = self.image_processor(images=[piece.image for piece in pieces], image_area=image_area)
+        for piece, size in zip(pieces, features["image_grids"].tolist(), strict=True):
+            piece.size = tuple(size)
+        return {"pixel_values": features["pixel_values"], "image_grids": features["image_grids"]}
+
+    def _encode(
+        self, pieces: Sequence[Piece], spoken: Sequence[bool] | None = None, allow_control_tokens: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and a mask that is 1 where `spoken` is true."""
+        ids: list[int] = []
+        mask: list[int] = []
+        text = ""
+        spoken = [False] * len(pieces) if spoken is None else spoken
+        for index, piece in enumerate(pieces):
+            if isinstance(piece, str):
+                text += piece
+                if index + 1 < len(pieces) and isinstance(pieces[index + 1], str):
+                    continue
+                new, text = self._encode_text(text, allow_control_tokens), ""
+            elif isinstance(piece, ImagePiece):
+                new = self._image_ids(piece)
+            else:
+                new = [piece]
+            ids += new
+            mask += [int(spoken[index])] * len(new)
+        return ids, mask
+
+    def _image_ids(self, piece: ImagePiece) -> list[int]:
+        layout = self.token_layout
+        if piece.codes is None:
+            height, width = piece.size
+            return layout.image_token_ids([[layout.image_placeholder_token_id] * width] * height)
+        highest = max(max(row) for row in piece.codes)
+        if highest >= layout.num_visual_tokens:
+            raise ValueError(
+                f"an image of the conversation has code {highest}; codes end at {layout.num_visual_tokens}."
+            )
+        return layout.image_token_ids([[layout.visual_token_offset + code for code in row] for row in piece.codes])
+
+    def _encode_text(self, text: str, allow_control_tokens: bool = False) -> list[int]:
+        # Lone surrogates are no Unicode text; like tiktoken, write them as replacement characters.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        backend = self.tokenizer.backend_tokenizer
+        if not allow_control_tokens:
+            # Shares the vocabulary, but knows no added tokens: nothing that is typed can become one.
+            plain = Tokenizer(backend.model)
+            plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+            return plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        begin = 0
+        for match in [*_VISUAL_TOKEN_PATTERN.finditer(text), None]:
+            code = int(match[1]) if match else -1
+            if code >= self.token_layout.num_visual_tokens:
+                continue  # no token of this vocabulary: ordinary text, as in the release
+            part = text[begin : match.start() if match else None]
+            ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+            if match:
+                ids.append(self.token_layout.visual_token_offset + code)
+                begin = match.end()
+        return ids
+
+    # --------------------------------------------------------------------------------------------- ids to segments
+
+    def decode_multimodal(
+        self, ids: Any, vision_tokenizer: Any = None, skip_special_tokens: bool = True, skip_prompt: bool = False
+    ) -> list[Segment]:
+        """One sequence of ids as segments: [`Text`], [`GlobalThought`], [`ImageThought`], [`Image`].
+
+        An image that is unfinished or damaged is reported (`complete=False`, `reason`, the rows there are), and nothing
+        around it is lost.
+
+        Args:
+            ids: one sequence: a list of ints or a tensor `(length,)`.
+            vision_tokenizer (*optional*):
+                fills in `Image.image`: the model, its vision tokenizer, or a function from codes `(1, h, w)` to pixels
+                `(1, 3, H, W)` in [-1, 1]. Without it images are codes only.
+            skip_special_tokens (`bool`):
+                whether control tokens out of place are left out of texts. `False` writes them out, as the release does.
+            skip_prompt (`bool`): whether to leave out the prompt, if there is one: all up to the last BSS.
+        Raises:
+            ValueError: if `ids` is not one sequence, or has an id outside the vocabulary.
+        """
+        row = self._row(ids)
+        if skip_prompt:
+            row = self._without_prompt(row)
+        segments = parse_segments(
+            row, self.token_layout, lambda run: self.decode(run, skip_special_tokens=skip_special_tokens)
+        )
+        if vision_tokenizer is not None:
+            decode_images(segments, vision_tokenizer)
+        return segments
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        vision_tokenizer: Any = None,
+        skip_special_tokens: bool = True,
+        skip_prompt: bool = True,
+        generation_mode: str | None = "interleaved",
+        **kwargs,
+    ) -> list[list[Segment]] | list[str] | list[PIL.Image.Image]:
+        """What [`generate`] returned, row by row.
+
+        Args:
+            generated_outputs:
+                a tensor `(batch, length)` of ids, or an output with `sequences` and perhaps `images`: pixels `(3, H, W)`
+                or PIL images, in one list a row or in one flat list of all complete images.
+            vision_tokenizer, skip_special_tokens, skip_prompt: see [`decode_multimodal`].
+            generation_mode (`str`, *optional*):
+                "interleaved": segments.  "text" or `None` (as transformers' pipelines call it): strings, prompt included,
+                images left out.  "image": pixels, as the model's `decode_image_tokens` returns them, to PIL images.
+        Returns:
+            one list of segments, one string or one image per row.
+        """
+        if generation_mode not in ("interleaved", "text", "image", None):
+            raise ValueError(f'`generation_mode` must be "interleaved", "text" or "image", got {generation_mode!r}.')
+        if generation_mode == "image":
+            return [pixels_to_pil(pixels) for pixels in generated_outputs]
+        images = getattr(generated_outputs, "images", None)
+        rows = _tolist(getattr(generated_outputs, "sequences", generated_outputs))
+        if rows and isinstance(rows[0], int):
+            rows = [rows]
+        if generation_mode != "interleaved":
+            return [self._text_of(row, skip_special_tokens, **kwargs) for row in rows]
+        if kwargs:
+            raise TypeError(f"post_process_multimodal_output got unknown arguments: {sorted(kwargs)}.")
+        results = [
+            self.decode_multimodal(
+                row, None if images is not None else vision_tokenizer, skip_special_tokens, skip_prompt
+            )
+            for row in rows
+        ]
+        if images is not None:
+            _attach(results, images)
+        return results
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        """The text of every row, prompt included, images left out."""
+        return self.post_process_multimodal_output(
+            generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode="text", **kwargs
+        )
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
+        """Ids as a string, visual tokens as `<|visual token 000000|>` (left out with `skip_special_tokens`).
+
+        For reading; [`decode_multimodal`] is what turns ids into text and images. A batch gives a list of strings.
+        """
+        ids = _tolist(token_ids)
+        if isinstance(ids, int):
+            ids = [ids]
+        if ids and not isinstance(ids[0], int):
+            return [self.decode(row, skip_special_tokens, **kwargs) for row in ids]
+        parts: list[str] = []
+        run: list[int] = []
+        layout = self.token_layout
+        for token_id in [*self._row(ids), None]:
+            if token_id is not None and token_id < layout.visual_token_offset:
+                run.append(token_id)
+                continue
+            if run:
+                parts.append(self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs))
+                run = []
+            if token_id is not None and not skip_special_tokens:
+                parts.append(VISUAL_TOKEN.format(token_id - layout.visual_token_offset))
+        return "".join(parts)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs) -> list[str]:
+        """[`decode`] of every row."""
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in _tolist(sequences)]
+
+    def _text_of(self, ids: list[int], skip_special_tokens: bool, **kwargs) -> str:
+        if not skip_special_tokens:
+            return self.decode(ids, **kwargs)
+        kept, position = [], 0
+        while position < len(ids):
+            if ids[position] == self.token_layout.boi_token_id:
+                position = read_image(ids, position, self.token_layout)[1]
+            else:
+                kept.append(ids[position])
+                position += 1
+        return self.decode(kept, skip_special_tokens=True, **kwargs)
+
+    def _without_prompt(self, ids: list[int]) -> list[int]:
+        layout = self.token_layout
+        if layout.bos_token_id not in ids or layout.bss_token_id not in ids:
+            return ids  # generated tokens only
+        return ids[len(ids) - ids[::-1].index(layout.bss_token_id) :]
+
+    def _row(self, ids: Any) -> list[int]:
+        row = _tolist(ids)
+        if not isinstance(row, list) or any(not isinstance(token_id, int) for token_id in row):
+            raise ValueError("`ids` must be one sequence of ints. For a batch use `post_process_multimodal_output`.")
+        end = max(self.token_layout.visual_token_end, len(self.tokenizer))
+        bad = [token_id for token_id in row if not 0 <= token_id < end]
+        if bad:
+            raise ValueError(f"`ids` holds {bad[0]}, outside the vocabulary [0, {end}).")
+        return row
+
+
+def _images_per_text(images: Any, num_texts: int, batched: bool) -> list[list]:
+    if images is None:
+        return [[] for _ in range(num_texts)]
+    if not batched:
+        return [flatten_images(images)]
+    if is_single_image(images) or len(images) != num_texts:
+        got = "one image" if is_single_image(images) else f"{len(images)} items"
+        raise ValueError(
+            f"`text` is a list of {num_texts}, so `images` must be a list of {num_texts} (each an image, a list of images "
+            f"or None), got {got}. For several images in one prompt, nest them: [[image, image]]."
+        )
+    return [[] if item is None else flatten_images(item) for item in images]
+
+
+def _pad(rows: list[list[int]], value: int, padding: bool | str, return_tensors: str | None, width: int | None) -> Any:
+    if padding:
+        width = max(map(len, rows)) if width is None else width
+        rows = [[value] * (width - len(row)) + row for row in rows]
+    if return_tensors is None:
+        return rows
+    if len({len(row) for row in rows}) > 1:
+        lengths = [len(row) for row in rows]
+        raise ValueError(f"prompts of {lengths} tokens make no tensor. Use `padding=True`, or `return_tensors=None`.")
+    return torch.tensor(rows) if return_tensors == "pt" else np.array(rows)
+
+
+def _tolist(ids: Any) -> Any:
+    if isinstance(ids, (torch.Tensor, np.ndarray, np.integer)):
+        return ids.tolist()
+    if isinstance(ids, (list, tuple)):
+        return [_tolist(item) for item in ids]
+    return ids
+
+
+def _attach(results: list[list[Segment]], images: Any) -> None:
+    """Gives the pictures that came with an output to the complete images, in order."""
+    images = list(images)
+    if len(images) == len(results) and all(isinstance(row, (list, tuple)) for row in images):
+        groups = [(iter_images(segments), row) for segments, row in zip(results, images, strict=True)]
+    else:
+        groups = [([image for segments in results for image in iter_images(segments)], images)]
+    for targets, pictures in groups:
+        targets = [image for image in targets if image.complete]
+        if len(targets) != len(pictures):
+            raise ValueError(
+                f"the output has {len(pictures)} images, but its sequences hold {len(targets)} complete ones."
+            )
+        for target, picture in zip(targets, pictures, strict=True):
+            target.image = pixels_to_pil(picture)
+
+
+__all__ = ["Emu35Inputs", "Emu35Processor"]

@@ -1,0 +1,106 @@
+"""From logits to tokens: guidance, temperature, top-k, top-p, and the draw."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How one token is drawn from logits.  Order: temperature, top-k, top-p (the release's).
+
+    Args:
+        do_sample (`bool`): `False`: the most likely token.
+        temperature (`float`), top_k (`int`), top_p (`float`): `None` (or 0 for top-k, 1 for the others): off.
+    """
+
+    do_sample: bool = True
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def probabilities(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The distribution that is sampled from.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch, n)`).
+        Returns:
+            probabilities `(batch, k)`, and the columns `(batch, k)` of `logits` they belong to (`None`: all, in order).
+        """
+        values, columns = logits.float(), None
+        if self.temperature is not None:
+            values = values / self.temperature
+        if self.top_k and self.top_k < values.shape[-1]:
+            values, columns = values.topk(self.top_k)  # sorted, so top-p needs no sort of its own
+        elif self.top_p is not None and self.top_p < 1:
+            values, columns = values.sort(descending=True)
+        probabilities = values.softmax(-1)
+        if self.top_p is not None and self.top_p < 1:
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+            probabilities[:, 0] = probabilities[:, 0].clamp(min=torch.finfo(probabilities.dtype).tiny)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        return probabilities, columns
+
+    def __call__(self, logits: torch.Tensor, generator: Generators = None) -> torch.LongTensor:
+        """Draws one column a row.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch, n)`).
+            generator: one for the batch, or one a row (then a row's draws don't depend on the batch it is in).
+        Returns:
+            `torch.LongTensor` of shape `(batch,)`.
+        """
+        if not self.do_sample or self.top_k == 1:
+            return logits.argmax(-1)
+        probabilities, columns = self.probabilities(logits)
+        choice = draw(probabilities, uniform(len(logits), generator, logits.device))
+        return choice if columns is None else columns.gather(-1, choice[:, None])[:, 0]
+
+
+def uniform(batch: int, generator: Generators, device: torch.device) -> torch.Tensor:
+    """`(batch,)` numbers in [0, 1), drawn where the generator lives."""
+    if isinstance(generator, Sequence):
+        numbers = [torch.rand(1, generator=one, device=one.device, dtype=torch.float32) for one in generator]
+        return torch.cat([number.to(device) for number in numbers])
+    where = device if generator is None else generator.device
+    return torch.rand(batch, generator=generator, device=where, dtype=torch.float32).to(device)
+
+
+def draw(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.LongTensor:
+    """Inverse of the cumulative distribution.  A column of probability 0 is never chosen.
+
+    Args:
+        probabilities (`torch.Tensor` of shape `(batch, n)`): need not sum to exactly 1.
+        numbers (`torch.Tensor` of shape `(batch,)`): in [0, 1).
+    """
+    # float32 sums over 131,072 columns would be off by more than a rare token's probability.
+    dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    cumulative = probabilities.to(dtype).cumsum(-1)
+    targets = numbers.to(dtype)[:, None] * cumulative[:, -1:]
+    choice = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    return choice.clamp(max=probabilities.shape[-1] - 1)
+
+
+def guide(
+    logits: Sequence[torch.Tensor], guidance_scale: float, image_guidance_scale: float | None = None
+) -> torch.Tensor:
+    r"""Classifier-free guidance.
+
+    One unconditional stream: $s = u + g (c - u)$.  Two: $s = n + g_{img} (u - n) + g (c - u)$.  The release does this on
+    log-probabilities; on logits the result differs by a constant a row, which no later step can see.
+
+    Args:
+        logits: of the conditional stream c, then of the unconditional ones u and n, where there are; each `(batch, n)`.
+    """
+    if len(logits) == 1:
+        return logits[0].float()
+    conditional, unconditional = logits[0].float(), logits[1].float()
+    guided = guidance_scale * (conditional - unconditional)
+    if len(logits) == 2:
+        return unconditional + guided
+    neither = logits[2].float()
+    return neither + image_guidance_scale * (unconditional - neither) + guided

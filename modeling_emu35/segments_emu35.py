@@ -1,0 +1,257 @@
+"""What a sequence of Emu3.5 tokens says: text, thoughts and images, read off the ids.
+
+The grammar of an answer: `[BOG global thought EOG] {text | [BOC image thought EOC] image}* ESS EOS`, an image being
+`BOI h "*" w IMG row EOL row ... row EOI`. Whatever does not follow it is reported where it stands and costs nothing of
+what surrounds it. Ids are integers here from beginning to end.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .configuration_emu35 import Emu35TokenLayout
+from .image_tokens_emu35 import parse_size
+
+
+@dataclass
+class Text:
+    """Ordinary text."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass
+class ImageThought:
+    """The chain of thought that comes before an image.  `complete`: whether its end token came."""
+
+    kind: ClassVar[str] = "image_thought"
+    text: str
+    complete: bool = True
+
+
+@dataclass(eq=False)
+class Image:
+    """One image.
+
+    Attributes:
+        codes (`torch.LongTensor` of shape `(token_height, token_width)`): the rows that are whole, as visual codes.
+        image (`PIL.Image.Image` or `None`): the pixels, if they were asked for and `codes` has any.
+        complete (`bool`): whether the image is closed and is of the size that it announces.
+        reason (`str`): what is wrong with it otherwise.
+        rows (`tuple[tuple[int, ...], ...]`): all codes as they stand, unfinished and misshapen rows included.
+        size (`tuple[int, int]` or `None`): the height and width, in codes, that it announces.
+    """
+
+    kind: ClassVar[str] = "image"
+    codes: torch.LongTensor
+    image: PIL.Image.Image | None = None
+    complete: bool = True
+    reason: str = ""
+    rows: tuple[tuple[int, ...], ...] = ()
+    size: tuple[int, int] | None = None
+
+
+@dataclass
+class GlobalThought:
+    """The chain of thought about the whole answer.  `complete`: whether its end token came."""
+
+    kind: ClassVar[str] = "global_thought"
+    segments: list = field(default_factory=list)
+    complete: bool = True
+
+    @property
+    def text(self) -> str:
+        """Its text, without the images."""
+        return "".join(segment.text for segment in self.segments if segment.kind != "image")
+
+
+Segment = Text | GlobalThought | ImageThought | Image
+
+
+def parse_segments(
+    ids: Sequence[int], layout: Emu35TokenLayout, decode_text: Callable[[list[int]], str]
+) -> list[Segment]:
+    """Splits a sequence into its segments.
+
+    As in the release, end-of-segment and end-of-sequence tokens vanish, and text of nothing but white space is left
+    out. A thought without an end token stops where an image or another thought begins, or at the end of the segment.
+
+    Args:
+        ids (`Sequence[int]`): one sequence, without batch dimension.
+        decode_text: renders the ids of a run of text, misplaced control tokens included.
+    """
+    segments: list[Segment] = []
+    run: list[int] = []
+
+    def end_of_text():
+        text = decode_text(run) if run else ""
+        if text.strip():
+            segments.append(Text(text))
+        run.clear()
+
+    thought_ends = {layout.boc_token_id, layout.boi_token_id, layout.bog_token_id, *_ends(layout)}
+    position = 0
+    while position < len(ids):
+        token_id = ids[position]
+        if token_id in _ends(layout):
+            position += 1
+        elif token_id == layout.boi_token_id or _is_visual(token_id, layout):
+            end_of_text()
+            image, position = read_image(ids, position, layout)
+            segments.append(image)
+        elif token_id == layout.bog_token_id:
+            end_of_text()
+            end = _find(ids, position + 1, {layout.eog_token_id, layout.bog_token_id, *_ends(layout)})
+            complete = end < len(ids) and ids[end] == layout.eog_token_id
+            if not complete:
+                end = _find(ids, position + 1, thought_ends)
+            inner = parse_segments(ids[position + 1 : end], layout, decode_text)
+            segments.append(GlobalThought(inner, complete))
+            position = end + complete
+        elif token_id == layout.boc_token_id:
+            end_of_text()
+            end = _find(ids, position + 1, {layout.eoc_token_id, *thought_ends})
+            complete = end < len(ids) and ids[end] == layout.eoc_token_id
+            segments.append(ImageThought(decode_text(list(ids[position + 1 : end])), complete))
+            position = end + complete
+        else:
+            run.append(token_id)
+            position += 1
+    end_of_text()
+    return segments
+
+
+def read_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> tuple[Image, int]:
+    """The image at `ids[begin]` (BOI, or visual tokens whose BOI is missing) and the index after it.
+
+    It ends with EOI, or before the first token that cannot belong to it. Placeholders count as codes of value -1.
+    """
+    position, size_ids, has_begin, has_size = begin, (), ids[begin] == layout.boi_token_id, False
+    if has_begin:
+        position = _find_not(ids, begin + 1, {*layout.digit_token_ids, layout.size_separator_token_id})
+        size_ids = tuple(ids[begin + 1 : position])
+        has_size = position < len(ids) and ids[position] == layout.img_token_id
+        if has_size:
+            position += 1
+        elif position < len(ids):
+            position = begin + 1  # those digits are no size: leave them to the text
+    rows: list[list[int]] = [[]]
+    closed = False
+    while position < len(ids) and not closed:
+        token_id = ids[position]
+        if _is_visual(token_id, layout):
+            rows[-1].append(token_id - layout.visual_token_offset)
+        elif token_id == layout.image_placeholder_token_id:
+            rows[-1].append(-1)
+        elif token_id == layout.eol_token_id:
+            rows.append([])
+        elif token_id == layout.eoi_token_id:
+            closed = True
+        else:
+            break
+        position += 1
+    if not rows[-1]:
+        rows.pop()
+
+    size = parse_size(size_ids, layout)
+    width = size[1] if size and any(len(row) == size[1] for row in rows) else len(rows[0]) if rows else 0
+    whole = 0
+    while whole < len(rows) and len(rows[whole]) == width:
+        whole += 1
+    codes = torch.tensor(rows[:whole], dtype=torch.long).view(whole, width)
+    reason = ""
+    if not has_begin:
+        reason = "visual tokens without the begin of an image"
+    elif not has_size:
+        reason = "it ends before its visual tokens begin" if not rows else "its size is missing"
+    elif not rows:
+        reason = "no visual tokens"
+    elif (size is not None and (len(rows), width) != size) or whole < len(rows) or size is None:
+        found = f"{whole} whole rows of {width} codes" + (f" of {len(rows)} begun" if whole < len(rows) else "")
+        reason = f"{found}, but the size is given as " + (f"{size[0]}*{size[1]}" if size else "something else")
+    if not closed:
+        reason = f"not closed: {reason}" if reason else "not closed"
+    return Image(codes, None, not reason, reason, tuple(map(tuple, rows)), size), position
+
+
+def iter_images(segments: Sequence[Segment]) -> Iterator[Image]:
+    """All images in order, those inside a global thought included."""
+    for segment in segments:
+        if segment.kind == "image":
+            yield segment
+        elif segment.kind == "global_thought":
+            yield from iter_images(segment.segments)
+
+
+def decode_images(segments: Sequence[Segment], vision_tokenizer: Any) -> None:
+    """Fills in the pixels of all images that have whole rows, in place.
+
+    A code outside the codebook makes an image incomplete, with a reason.
+
+    Args:
+        vision_tokenizer:
+            the model, its vision tokenizer, or a function from codes `(1, h, w)` to pixels `(1, 3, H, W)` in [-1, 1].
+    """
+    config = getattr(vision_tokenizer, "config", None)
+    config = getattr(config, "vision_tokenizer_config", config)
+    codebook_size = getattr(config, "codebook_size", None)
+    for image in iter_images(segments):
+        if not image.codes.numel() or (image.codes < 0).any():
+            continue
+        if codebook_size is not None and int(image.codes.max()) >= codebook_size:
+            image.complete = False
+            image.reason = f"code {int(image.codes.max())} is outside the codebook of {codebook_size}"
+            continue
+        image.image = pixels_to_pil(_decode(vision_tokenizer, image.codes))
+
+
+def _decode(vision_tokenizer: Any, codes: torch.LongTensor) -> torch.Tensor:
+    if hasattr(vision_tokenizer, "decode_image"):
+        return vision_tokenizer.decode_image([codes])[0]
+    if hasattr(vision_tokenizer, "decode"):
+        if isinstance(vision_tokenizer, torch.nn.Module):
+            codes = codes.to(next(vision_tokenizer.parameters()).device)
+        return vision_tokenizer.decode(codes[None])[0]
+    if callable(vision_tokenizer):
+        return vision_tokenizer(codes[None])[0]
+    raise TypeError(
+        "`vision_tokenizer` must be a model, a vision tokenizer, or a function from codes (1, h, w) to pixels, got "
+        f"{type(vision_tokenizer).__name__}."
+    )
+
+
+def pixels_to_pil(pixel_values: torch.Tensor | np.ndarray | PIL.Image.Image) -> PIL.Image.Image:
+    """Pixels `(3, H, W)` or `(1, 3, H, W)` in [-1, 1] as an image: `(y + 1) * 127.5`, clamped, truncated (the release)."""
+    if isinstance(pixel_values, PIL.Image.Image):
+        return pixel_values
+    pixels = torch.as_tensor(pixel_values).detach().float().cpu()
+    if pixels.ndim == 4 and len(pixels) == 1:
+        pixels = pixels[0]
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(f"pixels must have the shape (3, H, W), got {tuple(pixels.shape)}.")
+    pixels = ((pixels + 1.0) * 127.5).clamp(0.0, 255.0).to(torch.uint8)
+    return PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _is_visual(token_id: int, layout: Emu35TokenLayout) -> bool:
+    return layout.visual_token_offset <= token_id < layout.visual_token_end
+
+
+def _ends(layout: Emu35TokenLayout) -> tuple[int | None, int | None]:
+    return layout.ess_token_id, layout.eos_token_id
+
+
+def _find(ids: Sequence[int], begin: int, wanted: set) -> int:
+    return next((index for index in range(begin, len(ids)) if ids[index] in wanted), len(ids))
+
+
+def _find_not(ids: Sequence[int], begin: int, skipped: set) -> int:
+    return next((index for index in range(begin, len(ids)) if ids[index] not in skipped), len(ids))
+
+
+__all__ = ["GlobalThought", "Image", "ImageThought", "Text"]

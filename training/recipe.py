@@ -1,0 +1,242 @@
+"""Recipes: the YAML files that say how a model is trained, checked before anything runs."""
+
+import dataclasses
+import difflib
+import os
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+
+from .train_vision_tokenizer import VisionTokenizerRecipe
+
+
+@dataclass
+class StageRecipe:
+    """One stage of the language model.
+
+    Args:
+        name (`str`): for logs and curves.
+        steps (`int`): optimiser steps.
+        mixture (`dict[str, float]`): kind of sequence (see `sequences.KINDS`) -> share of the sequences, in proportion.
+    """
+
+    name: str
+    steps: int
+    mixture: dict[str, float]
+
+    def __post_init__(self):
+        from .sequences import KINDS
+
+        _require(self.steps > 0, "steps", self.steps, "positive")
+        for kind, share in self.mixture.items():
+            if kind not in KINDS:
+                raise ValueError(f"`mixture` of stage {self.name!r}: {_unknown(kind, KINDS)}")
+            _require(share > 0, f"mixture.{kind}", share, "positive (leave the kind out instead)")
+        if not self.mixture:
+            raise ValueError(f"`mixture` of stage {self.name!r} is empty. Give at least one of {', '.join(KINDS)}.")
+
+
+@dataclass
+class DataRecipe:
+    """How scenes and sentences are drawn, and how sequences become batches.
+
+    Args:
+        objects (`list[float]`): share of scenes with 1, 2 and 3 objects, in proportion.
+        full_captions (`float`): share of captions that fix the whole scene.
+        caption_dropout (`float`): share of `t2i` sequences with the unconditional prompt, for guidance.
+        rows (`int`), row_length (`int`): rows of a batch of one process, and their tokens. Short sequences share a row.
+    """
+
+    objects: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.4])
+    full_captions: float = 0.5
+    caption_dropout: float = 0.1
+    rows: int = 16
+    row_length: int = 192
+
+    def __post_init__(self):
+        _require(len(self.objects) == 3 and min(self.objects) >= 0 and sum(self.objects) > 0,
+                 "data.objects", self.objects, "three shares, not all 0")
+        for name in ("full_captions", "caption_dropout"):
+            _require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "in [0, 1]")
+        _require(self.rows > 0, "data.rows", self.rows, "positive")
+        _require(self.row_length >= 128, "data.row_length", self.row_length, "at least 128, or sequences don't fit")
+
+
+@dataclass
+class OptimizerRecipe:
+    """Muon for matrices, AdamW for embeddings, head and norms; learning rates warm up, stay, and decay linearly to 0.
+
+    Args:
+        muon_learning_rate (`float`): on the scale of AdamW's ("match_rms_adamw").
+        adamw_learning_rate (`float`): peak of the others.
+        muon_momentum (`float`), weight_decay (`float`): of Muon.
+        warmup_steps (`int`): linear, from 0.
+        decay (`float`): share of all steps, at the end, over which the rates fall to 0.
+        gradient_clip (`float`): largest norm of the gradient of AdamW's parameters. Muon's steps have a fixed size.
+    """
+
+    muon_learning_rate: float = 5e-3
+    adamw_learning_rate: float = 5e-3
+    muon_momentum: float = 0.95
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    decay: float = 0.4
+    gradient_clip: float = 1.0
+
+    def __post_init__(self):
+        for name in ("muon_learning_rate", "adamw_learning_rate", "gradient_clip"):
+            _require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "positive")
+        _require(0 <= self.decay <= 1, "optimizer.decay", self.decay, "in [0, 1]")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "not negative")
+
+    def scale(self, step: int, num_steps: int) -> float:
+        """Factor of the peak learning rates at a step: a trapezoid."""
+        decay_steps = max(1, round(self.decay * num_steps))
+        return min(1.0, (step + 1) / max(1, self.warmup_steps), (num_steps - step) / decay_steps)
+
+
+@dataclass
+class Recipe:
+    """A whole run, from nothing to a checkpoint.  Fields are the keys of the YAML file.
+
+    Args:
+        output_dir (`str`): gets logs, checkpoints and the trained parts.
+        export_dir (`str`): gets the finished model; `None`: `output_dir`/export.
+        seed (`int`): of weights and data.
+        processes (`int`): one-thread processes on a CPU, whose gradients are averaged. On a GPU: processes, one a device.
+        vision_tokenizer (`dict`): stage 1, see [`VisionTokenizerRecipe`].
+        text_vocabulary (`int`): text and control tokens (at least 272).
+        model (`dict`): fields of [`Emu35TextConfig`]; the vocabulary size follows from the two vocabularies.
+        visual_loss_weight (`float`): of visual tokens in the loss.
+        data ([`DataRecipe`]), optimizer ([`OptimizerRecipe`]): what they say.
+        stages (`list[StageRecipe]`): stages 2 to 4, one after the other under one learning-rate schedule.
+        generation (`dict`): fields of the generation configuration that is saved with the model.
+        compile (`bool`): compile the decoder (a minute at the start, a fifth faster).
+        attn_implementation (`str`): while training. "eager" is fastest for short rows on a CPU.
+        bf16 (`bool`): autocast.
+        log_every (`int`), save_every (`int`): in steps.
+    """
+
+    output_dir: str
+    stages: list[StageRecipe]
+    model: dict[str, Any]
+    vision_tokenizer: VisionTokenizerRecipe
+    export_dir: str | None = None
+    seed: int = 0
+    processes: int = 2
+    text_vocabulary: int = 512
+    visual_loss_weight: float = 1.0
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    generation: dict[str, Any] = field(default_factory=dict)
+    compile: bool = True
+    attn_implementation: str = "eager"
+    bf16: bool = True
+    log_every: int = 20
+    save_every: int = 250
+
+    def __post_init__(self):
+        _require(bool(self.stages), "stages", self.stages, "a list of at least one stage")
+        for name in ("processes", "log_every", "save_every"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        for name in ("vocab_size", "pad_token_id"):
+            if name in self.model:
+                raise ValueError(f"`model.{name}` follows from the tokenizers; leave it out.")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all language model stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> StageRecipe:
+        """The stage that a step of the whole run belongs to."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise ValueError(f"`step` is past the last stage by {step}.")
+
+
+def load_recipe(path: str | os.PathLike) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the key: unknown (with the nearest known one), missing, of a wrong type, or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        shipped = sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml"))
+        raise FileNotFoundError(f"`recipe_path`: no file {path}. Shipped recipes: training/recipes/{{{', '.join(shipped)}}}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return recipe_from_dict(values)
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """A recipe from plain values, with the checks of [`load_recipe`]."""
+    return _build(Recipe, values, "recipe")
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    """A dataclass from a mapping; nested dataclasses, and lists of them, too."""
+    if not isinstance(values, dict):
+        raise ValueError(f"`{where}` must be a mapping, got {values!r}.")
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"`{where}`: {_unknown(key, known)}")
+    arguments = {key: _convert(known[key].type, value, f"{where}.{key}") for key, value in values.items()}
+    missing = [
+        name
+        for name, item in known.items()
+        if name not in values and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"`{where}` lacks {', '.join(f'`{name}`' for name in missing)}.")
+    return cls(**arguments)
+
+
+def _convert(expected: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(expected):
+        return _build(expected, value, where)
+    if get_origin(expected) in (Union, types.UnionType):
+        if value is None and type(None) in get_args(expected):
+            return None
+        return _convert(next(arg for arg in get_args(expected) if arg is not type(None)), value, where)
+    if get_origin(expected) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"`{where}` must be a list, got {value!r}.")
+        return [_convert(get_args(expected)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if get_origin(expected) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"`{where}` must be a mapping, got {value!r}.")
+        return {key: _convert(get_args(expected)[1], item, f"{where}.{key}") for key, item in value.items()}
+    if expected is Any:
+        return value
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if expected is float and isinstance(value, str):
+        try:  # YAML 1.1 reads "5e-3" as a string
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"`{where}` must be of type {expected.__name__}, got {value!r}.")
+    return value
+
+
+def _unknown(key: Any, known: Any) -> str:
+    nearest = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown key {key!r}.{hint} Known: {', '.join(sorted(known))}."
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str):
+    if not condition:
+        raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
