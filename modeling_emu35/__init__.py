@@ -2,16 +2,15 @@
 
 from importlib.resources import files
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMultimodalLM,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_emu35 import Emu35Config, Emu35TextConfig, Emu35TokenLayout, Emu35VisionTokenizerConfig
 from .generation_configuration_emu35 import Emu35GenerateOutput, Emu35GenerationConfig
+from .image_processing_emu35 import Emu35ImageProcessor, smart_resize
 from .modeling_emu35 import Emu35ForConditionalGeneration, Emu35Model
 from .modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
+from .processing_emu35 import Emu35Processor
+from .segments_emu35 import GlobalThought, Image, ImageThought, Text
 
 #: Path of the tiny checkpoint that is shipped with the package.
 TINY = str(files("emu35.model_cards") / "emu35-tiny")
@@ -20,6 +19,13 @@ for _config in (Emu35Config, Emu35TextConfig, Emu35VisionTokenizerConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 AutoModel.register(Emu35Config, Emu35Model, exist_ok=True)
 AutoModel.register(Emu35VisionTokenizerConfig, Emu35VisionTokenizer, exist_ok=True)
+# The release resizes with PIL; torchvision's bicubic differs, so it is no second backend.
+AutoImageProcessor.register(
+    Emu35Config,
+    image_processor_classes={"pil": Emu35ImageProcessor, "torchvision": Emu35ImageProcessor},
+    exist_ok=True,
+)
+AutoProcessor.register(Emu35Config, Emu35Processor, exist_ok=True)
 AutoModelForMultimodalLM.register(Emu35Config, Emu35ForConditionalGeneration, exist_ok=True)
 
 __all__ = [
@@ -28,9 +34,16 @@ __all__ = [
     "Emu35ForConditionalGeneration",
     "Emu35GenerateOutput",
     "Emu35GenerationConfig",
+    "Emu35ImageProcessor",
     "Emu35Model",
+    "Emu35Processor",
     "Emu35TextConfig",
     "Emu35TokenLayout",
     "Emu35VisionTokenizer",
     "Emu35VisionTokenizerConfig",
+    "GlobalThought",
+    "Image",
+    "ImageThought",
+    "Text",
+    "smart_resize",
 ]

@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+import PIL.Image
 import torch
 from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
@@ -154,13 +155,13 @@ class Emu35GenerateOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `(batch, length)`): prompt and answer, padded on the right.
         answer_start (`torch.LongTensor` of shape `(batch,)`):
             where each answer begins in `sequences`; where the prompt ended inside an image, that image's BOI.
-        images (`list[list[torch.ByteTensor]]`): complete images of each answer as `(H, W, 3)` pixels; `None` without a vision tokenizer.
+        images (`list[list[PIL.Image.Image]]`): complete images of each answer; `None` without a vision tokenizer.
         num_forward_passes (`int`): passes through the decoder (each serves all rows and guidance streams of a batch).
     """
 
     sequences: torch.LongTensor | None = None
     answer_start: torch.LongTensor | None = None
-    images: list[list[torch.Tensor]] | None = None
+    images: list[list[PIL.Image.Image]] | None = None
     num_forward_passes: int | None = None
 
     def to(self, device) -> "Emu35GenerateOutput":

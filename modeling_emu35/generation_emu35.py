@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,6 +29,7 @@ from .generation_configuration_emu35 import (
 )
 from .image_tokens_emu35 import ImageTokens, find_images, last_image, parse_size
 from .sampling_emu35 import Generators, Sampler
+from .segments_emu35 import pixels_to_pil
 
 
 @dataclass
@@ -147,7 +149,7 @@ class Emu35GenerationMixin(GenerationMixin):
         negative_image_prompt_ids: torch.LongTensor | None = None,
         negative_image_prompt_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        image_sizes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
         generation_config: Emu35GenerationConfig | None = None,
         task: str | None = None,
         generator: Generators = None,
@@ -332,7 +334,7 @@ class Emu35GenerationMixin(GenerationMixin):
             return images[-1].token_height, images[-1].token_width
         return None
 
-    def _decode_answers(self, sequences: torch.LongTensor, starts: list[int]) -> list[list[torch.Tensor]] | None:
+    def _decode_answers(self, sequences: torch.LongTensor, starts: list[int]) -> list[list[Image]] | None:
         if self.vision_tokenizer is None:
             return None
         layout = self.config.token_layout
@@ -347,8 +349,7 @@ class Emu35GenerationMixin(GenerationMixin):
             return None
         pixels = iter(self.decode_image(grids) if grids else [])
         return [
-            [((next(pixels).float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu() for _ in images]
-            for images in found
+            [pixels_to_pil(next(pixels)) for _ in images] for images in found
         ]
 
 

@@ -1,20 +1,22 @@
-"""Image preprocessing of Emu3.5: any image to RGB, "smart resize" to a multiple of the code size, pixels to [-1, 1]."""
+"""Image preprocessing of Emu3.5: any image to RGB, "smart resize" to whole codes, pixels to [-1, 1]."""
 
+import base64
 import io
 import os
 import struct
 import zlib
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
+import httpx
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling, load_image
-from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import Unpack
 
 #: What PIL raises on files that are damaged, in one decoder or another.
 _DECODER_ERRORS = (
@@ -83,8 +85,12 @@ def flatten_images(images: Any) -> list:
     )
 
 
-class Emu35ImageProcessorKwargs(ImagesKwargs, total=False):
+class Emu35ImageProcessorKwargs(TypedDict, total=False):
     r"""
+    Everything there is to set; transformers' other `ImagesKwargs` (`do_normalize`, `size`, ...) are refused.
+
+    do_resize (`bool`), resample (`int`): whether and with which of PIL's filters to resize.
+    input_data_format (`str`): "channels_first" or "channels_last" of arrays; `None`: by their shape.
     image_area (`int`): number of pixels, about, after resizing.
     factor (`int`): pixels a side of one visual code.
     max_image_area (`int`): largest `image_area` allowed.
@@ -93,6 +99,10 @@ class Emu35ImageProcessorKwargs(ImagesKwargs, total=False):
     do_exif_transpose (`bool`): whether to turn photos upright as their EXIF tag says.
     """
 
+    do_resize: bool | None
+    resample: int | None
+    input_data_format: str | None
+    return_tensors: str | None
     image_area: int | None
     factor: int | None
     max_image_area: int | None
@@ -121,12 +131,12 @@ class Emu35ImageProcessor(PilBackend):
         do_exif_transpose (`bool`, defaults to `True`): whether to turn photos upright as their EXIF tag says.
 
     Example:
-        >>> Emu35ImageProcessor()(images=["cat.jpg"], image_area=512 * 512)["pixel_values"][0].shape
-        torch.Size([3, 448, 592])
+        >>> Emu35ImageProcessor()(images=["cat.jpg"], image_area=512 * 512)["image_sizes"]
+        tensor([[448, 592]])
     """
 
     valid_kwargs = Emu35ImageProcessorKwargs
-    model_input_names = ["pixel_values", "image_grids"]
+    model_input_names = ["pixel_values", "image_sizes"]
 
     do_resize = True
     resample = PILImageResampling.BICUBIC
@@ -151,8 +161,8 @@ class Emu35ImageProcessor(PilBackend):
                 `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels; bytes 0..255, 16-bit, or floats 0..1.
             kwargs: any argument of the class, for this call.
         Returns:
-            [`BatchFeature`]: `pixel_values`, a flat list of `(3, H, W)` float32 tensors in [-1, 1], and `image_grids`
-            (`(num_images, 2)`), height and width of each in codes.
+            [`BatchFeature`]: `pixel_values`, a flat list of `(3, H, W)` float32 tensors in [-1, 1], and `image_sizes`
+            (`(num_images, 2)`), their heights and widths in pixels.
         Raises:
             TypeError: if something is not an image.
             ValueError: if one cannot be read, or is out of the limits; says which one and why.
@@ -174,7 +184,7 @@ class Emu35ImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         self._check_sizes(image_area, factor, max_image_area)
-        pixel_values, grids = [], []
+        pixel_values, sizes = [], []
         for index, image in enumerate(flatten_images(images)):
             name = f"images[{index}]"
             image = to_rgb(image, name, max_input_pixels, do_exif_transpose, input_data_format)
@@ -194,8 +204,8 @@ class Emu35ImageProcessor(PilBackend):
                 )
             pixels = _PIXEL_VALUES[np.asarray(image)]  # (H, W, 3)
             pixel_values.append(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
-            grids.append([height // factor, width // factor])
-        return BatchFeature({"pixel_values": pixel_values, "image_grids": torch.tensor(grids).view(-1, 2)})
+            sizes.append([height, width])
+        return BatchFeature({"pixel_values": pixel_values, "image_sizes": torch.tensor(sizes).view(-1, 2)})
 
     def _validate_preprocess_kwargs(self, **kwargs):
         pass  # there is no `size` here; the checks are in `_check_sizes`
@@ -206,8 +216,8 @@ class Emu35ImageProcessor(PilBackend):
             raise ValueError(f"`factor` must be positive, got {factor}.")
         if not factor * factor <= image_area <= max_image_area:
             raise ValueError(
-                f"`image_area` must lie between {factor * factor} (one code) and `max_image_area`={max_image_area}, got "
-                f"{image_area}. It is a number of pixels: 1024 * 1024, for example."
+                f"`image_area` must lie between {factor * factor} (one code) and `max_image_area`={max_image_area}, "
+                f"got {image_area}. It is a number of pixels: 1024 * 1024, for example."
             )
 
 
@@ -264,8 +274,12 @@ def _open(image: Image.Image | str | os.PathLike | bytes | bytearray) -> Image.I
         return image
     if isinstance(image, (bytes, bytearray)):
         return Image.open(io.BytesIO(image))
-    if str(image).startswith(("http://", "https://", "data:image/")):
-        return load_image(str(image))
+    address = str(image)
+    if address.startswith(("http://", "https://")):
+        response = httpx.get(address, timeout=60, follow_redirects=True).raise_for_status()
+        return Image.open(io.BytesIO(response.content))
+    if address.startswith("data:image/"):
+        return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2], validate=True)))
     return Image.open(image)
 
 
@@ -276,6 +290,8 @@ def _decoding(what: str):
         yield
     except FileNotFoundError as error:
         raise ValueError(f"{what}: there is no such file. Check the path.") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"{what} cannot be fetched: {error}.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{what} is not an image file that PIL knows, or its header is damaged.") from error
     except Image.DecompressionBombError as error:

@@ -342,11 +342,11 @@ class Emu35ForConditionalGeneration(Emu35PreTrainedModel, ReleasedCheckpointMixi
             pixel_values: images in the order of their placeholders, row after row (what the processor returns).
             inputs: `input_ids` and what else the processor returned; everything that is not token ids is passed through.
         Returns:
-            `dict`: `inputs` without `pixel_values` and image sizes.
+            `dict`: `inputs` without `pixel_values` and `image_grids`.
         """
         placeholder = self.config.token_layout.image_placeholder_token_id
         id_keys = [key for key in inputs if key == "input_ids" or (key.startswith("negative") and key.endswith("_ids"))]
-        resolved = {key: value for key, value in inputs.items() if key not in ("image_sizes", "image_grids")}
+        resolved = {key: value for key, value in inputs.items() if key != "image_grids"}
         visual_ids = None
         if pixel_values is not None:
             codes = self.encode_image(pixel_values)

@@ -1,8 +1,8 @@
 """Processor of Emu3.5: prompts in, typed segments out.
 
 Plain text that stands together in a prompt, the template's and the user's, is joined and then encoded by a tokenizer
-that has no control tokens at all. So BPE sees the same string as in the release, and what a user types can never become
-a control token.
+that has no control tokens at all. So BPE sees the same string as in the release, and what a user types can never
+become a control token.
 """
 
 import re
@@ -13,10 +13,11 @@ import numpy as np
 import PIL.Image
 import torch
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_emu35 import Emu35TokenLayout
+from .configuration_emu35 import SPECIAL_TOKENS, Emu35TokenLayout
 from .image_processing_emu35 import flatten_images, is_single_image
 from .prompts_emu35 import (
     Conversation,
@@ -60,7 +61,7 @@ class Emu35Processor(ProcessorMixin):
     Args:
         image_processor ([`Emu35ImageProcessor`]): prepares images; its `factor` is the vision tokenizer's.
         tokenizer (`PreTrainedTokenizerFast`): see `tokenization_emu35`.
-        token_layout ([`Emu35TokenLayout`] or `dict`, *optional*): which id means what; default: the released vocabulary.
+        token_layout ([`Emu35TokenLayout`] or `dict`, *optional*): which id means what; default: the released one.
         image_area (`int` or `dict[str, int]`, *optional*):
             pixels, about, of an image of the prompt, for all tasks or by task; default: the task's own.
         max_images (`int`, defaults to 3): images allowed in one user turn (3 is the release's limit for x2i).
@@ -87,12 +88,7 @@ class Emu35Processor(ProcessorMixin):
             )
         if not isinstance(token_layout, Emu35TokenLayout):
             token_layout = Emu35TokenLayout(**(token_layout or {}))
-        largest = max(tokenizer.get_vocab().values())
-        if largest >= token_layout.visual_token_offset:
-            raise ValueError(
-                f"`tokenizer` has ids up to {largest}, but in `token_layout` the visual ids begin at "
-                f"{token_layout.visual_token_offset}. Use token_layout_from_tokenizer(tokenizer, ...)."
-            )
+        _check_layout(tokenizer, token_layout)
         for task in image_area if isinstance(image_area, dict) else ():
             get_template(task)
         self.token_layout = token_layout
@@ -103,7 +99,7 @@ class Emu35Processor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         prompts = ("negative_prompt", "negative_image_prompt")
         negative = [f"{prompt}_{name}" for prompt in prompts for name in ("ids", "attention_mask")]
-        return ["input_ids", "attention_mask", "pixel_values", "image_grids", *negative]
+        return ["input_ids", "attention_mask", "pixel_values", "image_sizes", *negative]
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -142,14 +138,15 @@ class Emu35Processor(ProcessorMixin):
                 whether control tokens and visual tokens written in `text` count as such. Only for text you trust.
 
         Returns:
-            [`Emu35Inputs`]: `input_ids` and `attention_mask` `(batch, length)`.  With images: `pixel_values`, a flat list
-            of `(3, H, W)` in the order of their placeholders, row after row, and `image_grids` `(num_images, 2)`, their
-            height and width in codes.  For tasks that make images: the unconditional prompts, with the same images, as
-            `negative_prompt_ids` and `negative_prompt_attention_mask`, and, with images, those without images too (for
-            two-scale guidance) as `negative_image_prompt_ids` and `negative_image_prompt_attention_mask`.
+            [`Emu35Inputs`]: `input_ids` and `attention_mask` `(batch, length)`.
+            With images: `pixel_values`, a flat list of `(3, H, W)` in the order of their placeholders, row after row, and
+            `image_sizes` `(num_images, 2)`, their heights and widths in pixels.
+            For tasks that make images: the unconditional prompts, with the same images, as `negative_prompt_ids` and
+            `negative_prompt_attention_mask`; and, with images, those without images too (for two-scale guidance) as
+            `negative_image_prompt_ids` and `negative_image_prompt_attention_mask`.
         Raises:
-            TypeError, ValueError: on empty or too long text, images that cannot be read, too many or too few images, an
-                unknown task, or a batch whose texts and images don't match.
+            TypeError, ValueError: on empty or too long text, images that cannot be read, too many or too few images,
+                an unknown task, or a batch whose texts and images don't match.
         """
         for name, value in (("videos", videos), ("audio", audio)):
             if value is not None:
@@ -192,16 +189,16 @@ class Emu35Processor(ProcessorMixin):
         One user message gives exactly what [`__call__`] gives. The release knows only that one turn; further turns are
         written like the first, and an assistant's turn ends as its answers end:
         `{BOS}{system} USER: {content} ASSISTANT: {BSS}{answer}{ESS}{EOS} USER: {content} ASSISTANT: {BSS}`.
-        A system message takes the place of the task's opening sentence. The unconditional prompts hold all images of the
-        conversation and none of its text.
+        A system message takes the place of the task's opening sentence. The unconditional prompts hold all images of
+        the conversation and none of its text.
 
         Args:
             conversation:
                 messages `{"role": "system" | "user" | "assistant", "content": ...}`. Content is a string or a list of
-                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `"path"`, `"url"`, `"base64"`). An
-                assistant's may also hold `{"type": "global_thought" | "image_thought", "text": ...}`, or the segments that
-                [`decode_multimodal`] returned. In a user's turn the task decides whether images stand before or after
-                the text, as in training; only images *between* texts stay where they are.
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `"path"`, `"url"`, `"base64"`).
+                An assistant's may also hold `{"type": "global_thought" | "image_thought", "text": ...}`, or the segments
+                that [`decode_multimodal`] returned. In a user's turn the task decides whether images stand before or
+                after the text, as in training; only images *between* texts stay where they are.
             task (`str`): see [`__call__`].
             add_generation_prompt (`bool`): whether the assistant speaks next. `False` for training.
             continue_final_message (`bool`):
@@ -209,7 +206,7 @@ class Emu35Processor(ProcessorMixin):
             tokenize (`bool`): `False`: the prompt as a string, for reading. Do not encode it again: in a string, text
                 that looks like a control token cannot be told from a control token.
             return_dict (`bool`): `False`: only the ids.
-            return_assistant_tokens_mask (`bool`): adds `assistant_masks`, 1 on what the assistant says (ESS, EOS included).
+            return_assistant_tokens_mask (`bool`): adds `assistant_masks`, 1 on what the assistant says, ESS and EOS too.
             return_tensors, image_area, padding, max_length, allow_control_tokens: see [`__call__`].
             processor_kwargs (`dict`, *optional*): any of these, as transformers' pipelines pass them.
         Raises:
@@ -277,7 +274,7 @@ class Emu35Processor(ProcessorMixin):
         open_end: bool = False,
         return_assistant_masks: bool = False,
     ) -> Emu35Inputs:
-        template = get_template(task)
+        template, layout = get_template(task), self.token_layout
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f'`return_tensors` must be "pt", "np" or None, got {return_tensors!r}.')
         if padding not in (True, False, "longest", "max_length"):
@@ -291,7 +288,7 @@ class Emu35Processor(ProcessorMixin):
         data = self._encode_images(conversations, template, task, image_area)
         prompts, masks = [], []
         for conversation, name in zip(conversations, names, strict=True):
-            pieces, spoken = conversation.pieces(template, self.token_layout, assistant_next, open_end)
+            pieces, spoken = conversation.pieces(template, layout, assistant_next, open_end)
             ids, mask = self._encode(pieces, spoken, allow_control_tokens)
             if len(ids) > limit:
                 num_image_tokens = sum(
@@ -304,7 +301,7 @@ class Emu35Processor(ProcessorMixin):
             prompts.append(ids)
             masks.append(mask)
         width = max_length if padding == "max_length" else None
-        pad_id = self.token_layout.pad_token_id
+        pad_id = layout.pad_token_id
 
         def add(name: str, mask_name: str, rows: list[list[int]]):
             data[name] = _pad(rows, pad_id, padding, return_tensors, width)
@@ -314,14 +311,14 @@ class Emu35Processor(ProcessorMixin):
         if return_assistant_masks:
             data["assistant_masks"] = _pad(masks, 0, padding, return_tensors, width)
         if template.makes_images and (assistant_next or open_end):
-            unconditional = [unconditional_pieces(self.token_layout, item.images) for item in conversations]
+            unconditional = [unconditional_pieces(layout, item.images) for item in conversations]
             add(
                 "negative_prompt_ids",
                 "negative_prompt_attention_mask",
                 [self._encode(pieces)[0] for pieces in unconditional],
             )
             if any(conversation.images for conversation in conversations):
-                empty = self._encode(unconditional_pieces(self.token_layout))[0]
+                empty = self._encode(unconditional_pieces(layout))[0]
                 rows = [list(empty) for _ in conversations]
                 add("negative_image_prompt_ids", "negative_image_prompt_attention_mask", rows)
         return Emu35Inputs(data)
@@ -338,8 +335,8 @@ class Emu35Processor(ProcessorMixin):
             limit = self.max_images if template.max_images is None else template.max_images
             if len(turn.images) > limit == 0:
                 raise ValueError(
-                    f"`task={task!r}` takes no images, but `{name}` has {len(turn.images)}. Use task='x2i' to make a new "
-                    "image of them, 'vqa' to ask about them."
+                    f"`task={task!r}` takes no images, but `{name}` has {len(turn.images)}. Use task='x2i' to make a "
+                    "new image of them, 'vqa' to ask about them."
                 )
             if len(turn.images) > limit:
                 raise ValueError(
@@ -363,9 +360,9 @@ class Emu35Processor(ProcessorMixin):
             own = self.image_area.get(task) if isinstance(self.image_area, dict) else self.image_area
             image_area = template.image_area if own is None else own
         features = self.image_processor(images=[piece.image for piece in pieces], image_area=image_area)
-        for piece, size in zip(pieces, features["image_grids"].tolist(), strict=True):
-            piece.size = tuple(size)
-        return {"pixel_values": features["pixel_values"], "image_grids": features["image_grids"]}
+        for piece, size in zip(pieces, features["image_sizes"] // self.image_processor.factor, strict=True):
+            piece.size = tuple(size.tolist())
+        return {"pixel_values": features["pixel_values"], "image_sizes": features["image_sizes"]}
 
     def _encode(
         self, pieces: Sequence[Piece], spoken: Sequence[bool] | None = None, allow_control_tokens: bool = False
@@ -430,8 +427,8 @@ class Emu35Processor(ProcessorMixin):
     ) -> list[Segment]:
         """One sequence of ids as segments: [`Text`], [`GlobalThought`], [`ImageThought`], [`Image`].
 
-        An image that is unfinished or damaged is reported (`complete=False`, `reason`, the rows there are), and nothing
-        around it is lost.
+        An image that is unfinished or damaged is reported (`complete=False`, `reason`, the rows there are), and
+        nothing around it is lost.
 
         Args:
             ids: one sequence: a list of ints or a tensor `(length,)`.
@@ -439,7 +436,7 @@ class Emu35Processor(ProcessorMixin):
                 fills in `Image.image`: the model, its vision tokenizer, or a function from codes `(1, h, w)` to pixels
                 `(1, 3, H, W)` in [-1, 1]. Without it images are codes only.
             skip_special_tokens (`bool`):
-                whether control tokens out of place are left out of texts. `False` writes them out, as the release does.
+                whether control tokens out of place are left out of texts. `False` writes them out, like the release.
             skip_prompt (`bool`): whether to leave out the prompt, if there is one: all up to the last BSS.
         Raises:
             ValueError: if `ids` is not one sequence, or has an id outside the vocabulary.
@@ -467,12 +464,12 @@ class Emu35Processor(ProcessorMixin):
 
         Args:
             generated_outputs:
-                a tensor `(batch, length)` of ids, or an output with `sequences` and perhaps `images`: pixels `(3, H, W)`
-                or PIL images, in one list a row or in one flat list of all complete images.
+                a tensor `(batch, length)` of ids, or what `generate` returned: `sequences`, perhaps `answer_start` and
+                perhaps `images` (for every row, or in one flat list, those of all complete images of the answers).
             vision_tokenizer, skip_special_tokens, skip_prompt: see [`decode_multimodal`].
             generation_mode (`str`, *optional*):
-                "interleaved": segments.  "text" or `None` (as transformers' pipelines call it): strings, prompt included,
-                images left out.  "image": pixels, as the model's `decode_image_tokens` returns them, to PIL images.
+                "interleaved": segments.  "text" or `None` (so transformers' pipelines call it): strings, prompt
+                included, images left out.  "image": pixels, as the model's `decode_image_tokens` returns them, to PIL.
         Returns:
             one list of segments, one string or one image per row.
         """
@@ -481,6 +478,7 @@ class Emu35Processor(ProcessorMixin):
         if generation_mode == "image":
             return [pixels_to_pil(pixels) for pixels in generated_outputs]
         images = getattr(generated_outputs, "images", None)
+        starts = getattr(generated_outputs, "answer_start", None)
         rows = _tolist(getattr(generated_outputs, "sequences", generated_outputs))
         if rows and isinstance(rows[0], int):
             rows = [rows]
@@ -488,12 +486,13 @@ class Emu35Processor(ProcessorMixin):
             return [self._text_of(row, skip_special_tokens, **kwargs) for row in rows]
         if kwargs:
             raise TypeError(f"post_process_multimodal_output got unknown arguments: {sorted(kwargs)}.")
-        results = [
-            self.decode_multimodal(
-                row, None if images is not None else vision_tokenizer, skip_special_tokens, skip_prompt
-            )
-            for row in rows
-        ]
+        # Pictures belong to the answers, so they can be handed out only where the prompts are left out.
+        images = images if skip_prompt else None
+        if skip_prompt and starts is not None:
+            rows = [row[start:] for row, start in zip(rows, _tolist(starts), strict=True)]
+            skip_prompt = False
+        decoder = vision_tokenizer if images is None else None
+        results = [self.decode_multimodal(row, decoder, skip_special_tokens, skip_prompt) for row in rows]
         if images is not None:
             _attach(results, images)
         return results
@@ -561,6 +560,24 @@ class Emu35Processor(ProcessorMixin):
         return row
 
 
+def _check_layout(tokenizer: PreTrainedTokenizerBase, layout: Emu35TokenLayout):
+    """Raises a ValueError where the tokenizer has other ids for our tokens than the layout."""
+    way_out = "Use token_layout_from_tokenizer(tokenizer, ...)."
+    if len(tokenizer) > layout.visual_token_offset:
+        raise ValueError(
+            f"`tokenizer` has {len(tokenizer)} tokens, but in `token_layout` the visual ids begin at "
+            f"{layout.visual_token_offset}. {way_out}"
+        )
+    expected = {SPECIAL_TOKENS[role]: token_id for role, token_id in layout.special_token_ids.items()}
+    expected |= dict(zip("0123456789", layout.digit_token_ids, strict=False))
+    for token, token_id in expected.items():
+        if tokenizer.convert_ids_to_tokens(token_id) != token:
+            raise ValueError(
+                f"`token_layout` has the id {token_id} for {token}, which in `tokenizer` is "
+                f"{tokenizer.convert_ids_to_tokens(token_id)!r}. {way_out}"
+            )
+
+
 def _images_per_text(images: Any, num_texts: int, batched: bool) -> list[list]:
     if images is None:
         return [[] for _ in range(num_texts)]
@@ -569,8 +586,8 @@ def _images_per_text(images: Any, num_texts: int, batched: bool) -> list[list]:
     if is_single_image(images) or len(images) != num_texts:
         got = "one image" if is_single_image(images) else f"{len(images)} items"
         raise ValueError(
-            f"`text` is a list of {num_texts}, so `images` must be a list of {num_texts} (each an image, a list of images "
-            f"or None), got {got}. For several images in one prompt, nest them: [[image, image]]."
+            f"`text` is a list of {num_texts}, so `images` must be a list of {num_texts} (each an image, a list of "
+            f"images or None), got {got}. For several images in one prompt, nest them: [[image, image]]."
         )
     return [[] if item is None else flatten_images(item) for item in images]
 

@@ -1,7 +1,7 @@
 """The prompts of Emu3.5: one table of task templates, and conversations as sequences of pieces.
 
-A prompt is `{BOS}{system} USER: {content} ASSISTANT: {BSS}`, an answer ends with `{ESS}{EOS}`. The pieces of a prompt are
-control ids, plain text and images; turning them into ids is the processor's work.
+A prompt is `{BOS}{system} USER: {content} ASSISTANT: {BSS}`, an answer ends with `{ESS}{EOS}`. The pieces of a prompt
+are control ids, plain text and images; turning them into ids is the processor's work.
 """
 
 import difflib
@@ -23,7 +23,7 @@ class TaskTemplate:
         content (`str`): where text and images stand in the user's turn.
         makes_images (`bool`): whether the answer may hold images, so that guidance needs an unconditional prompt.
         image_area (`int`): pixels, about, to which images of the prompt are resized.
-        min_images (`int`), max_images (`int` or `None`): images in the prompt; `None`: as many as the processor allows.
+        min_images (`int`), max_images (`int` or `None`): images in the prompt; `None`: as the processor allows.
     """
 
     system: str

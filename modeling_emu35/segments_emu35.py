@@ -41,7 +41,7 @@ class Image:
     Attributes:
         codes (`torch.LongTensor` of shape `(token_height, token_width)`): the rows that are whole, as visual codes.
         image (`PIL.Image.Image` or `None`): the pixels, if they were asked for and `codes` has any.
-        complete (`bool`): whether the image is closed and is of the size that it announces.
+        complete (`bool`): whether it follows the grammar: closed, and of the size that it announces.
         reason (`str`): what is wrong with it otherwise.
         rows (`tuple[tuple[int, ...], ...]`): all codes as they stand, unfinished and misshapen rows included.
         size (`tuple[int, int]` or `None`): the height and width, in codes, that it announces.
@@ -131,15 +131,16 @@ def read_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> tupl
 
     It ends with EOI, or before the first token that cannot belong to it. Placeholders count as codes of value -1.
     """
-    position, size_ids, has_begin, has_size = begin, (), ids[begin] == layout.boi_token_id, False
-    if has_begin:
+    position, size, problem = begin, None, "visual tokens without the begin of an image"
+    if ids[begin] == layout.boi_token_id:
         position = _find_not(ids, begin + 1, {*layout.digit_token_ids, layout.size_separator_token_id})
-        size_ids = tuple(ids[begin + 1 : position])
-        has_size = position < len(ids) and ids[position] == layout.img_token_id
-        if has_size:
+        size = parse_size(ids[begin + 1 : position], layout)
+        problem = "" if size else "no size, or none that can be read"
+        if position < len(ids) and ids[position] == layout.img_token_id:
             position += 1
         elif position < len(ids):
-            position = begin + 1  # those digits are no size: leave them to the text
+            size, problem = None, "no visual tokens follow its begin"
+            position = begin + 1  # these digits are no size: leave them to the text
     rows: list[list[int]] = [[]]
     closed = False
     while position < len(ids) and not closed:
@@ -155,28 +156,20 @@ def read_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> tupl
         else:
             break
         position += 1
+    extra_row = len(rows) > 1 and not rows[-1] and closed
     if not rows[-1]:
         rows.pop()
 
-    size = parse_size(size_ids, layout)
-    width = size[1] if size and any(len(row) == size[1] for row in rows) else len(rows[0]) if rows else 0
-    whole = 0
-    while whole < len(rows) and len(rows[whole]) == width:
-        whole += 1
+    width = size[1] if size and size[1] in map(len, rows) else len(rows[0]) if rows else 0
+    whole = next((index for index, row in enumerate(rows) if len(row) != width), len(rows))
     codes = torch.tensor(rows[:whole], dtype=torch.long).view(whole, width)
-    reason = ""
-    if not has_begin:
-        reason = "visual tokens without the begin of an image"
-    elif not has_size:
-        reason = "it ends before its visual tokens begin" if not rows else "its size is missing"
-    elif not rows:
-        reason = "no visual tokens"
-    elif (size is not None and (len(rows), width) != size) or whole < len(rows) or size is None:
-        found = f"{whole} whole rows of {width} codes" + (f" of {len(rows)} begun" if whole < len(rows) else "")
-        reason = f"{found}, but the size is given as " + (f"{size[0]}*{size[1]}" if size else "something else")
-    if not closed:
-        reason = f"not closed: {reason}" if reason else "not closed"
-    return Image(codes, None, not reason, reason, tuple(map(tuple, rows)), size), position
+    if size and (whole < len(rows) or codes.shape != size):
+        problem = f"{whole} whole rows of {width} codes instead of {size[0]} rows of {size[1]}"
+    elif size and extra_row:
+        problem = "an end of row after the last row"
+    if not closed and not (size is None and problem and not rows):
+        problem = f"not closed; {problem}" if problem else "not closed"
+    return Image(codes, None, not problem, problem, tuple(map(tuple, rows)), size), position
 
 
 def iter_images(segments: Sequence[Segment]) -> Iterator[Image]:
@@ -225,16 +218,25 @@ def _decode(vision_tokenizer: Any, codes: torch.LongTensor) -> torch.Tensor:
     )
 
 
-def pixels_to_pil(pixel_values: torch.Tensor | np.ndarray | PIL.Image.Image) -> PIL.Image.Image:
-    """Pixels `(3, H, W)` or `(1, 3, H, W)` in [-1, 1] as an image: `(y + 1) * 127.5`, clamped, truncated (the release)."""
-    if isinstance(pixel_values, PIL.Image.Image):
-        return pixel_values
-    pixels = torch.as_tensor(pixel_values).detach().float().cpu()
+def pixels_to_pil(pixels: torch.Tensor | np.ndarray | PIL.Image.Image) -> PIL.Image.Image:
+    """Pixels as an image, as the release does it: `(y + 1) * 127.5`, clamped, truncated.
+
+    Args:
+        pixels: `(3, H, W)` or `(1, 3, H, W)`, nominally in [-1, 1]; or bytes `(H, W, 3)`; a PIL image is passed through.
+    """
+    if isinstance(pixels, PIL.Image.Image):
+        return pixels
+    pixels = torch.as_tensor(pixels).detach().cpu()
     if pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
-    if pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise ValueError(f"pixels must have the shape (3, H, W), got {tuple(pixels.shape)}.")
-    pixels = ((pixels + 1.0) * 127.5).clamp(0.0, 255.0).to(torch.uint8)
+    if pixels.dtype == torch.uint8 and pixels.ndim == 3 and pixels.shape[-1] == 3:
+        return PIL.Image.fromarray(pixels.contiguous().numpy())
+    if not pixels.is_floating_point() or pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(
+            f"pixels must be floats of the shape (3, H, W) or bytes (H, W, 3), got {pixels.dtype} of the shape "
+            f"{tuple(pixels.shape)}."
+        )
+    pixels = ((pixels.float() + 1.0) * 127.5).clamp(0.0, 255.0).to(torch.uint8)
     return PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 

@@ -127,7 +127,7 @@ def train_small_tokenizer(
     All 256 bytes are in it, so any text can be encoded; digits and `*`, of which sizes are made, are single tokens.
 
     Args:
-        texts: what the vocabulary shall be good at.  Include the prompts' own words: "You are a helpful assistant ...".
+        texts: what the vocabulary shall be good at.  Include the prompts' own words: "You are a helpful assistant".
         vocab_size (`int`): upper bound for text and control tokens together; the visual tokens come after them.
         model_max_length (`int`): longest prompt, in tokens.
     Raises:

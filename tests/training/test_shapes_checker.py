@@ -4,8 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
-
 from emu35.training.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -28,6 +26,7 @@ from emu35.training.shapes import (
     score_scene,
     to_image,
 )
+from PIL import Image, ImageFilter
 
 LOOKS = list(itertools.product(SHAPES, SIZES, COLORS, BACKGROUNDS))
 
@@ -127,7 +126,7 @@ def test_a_quarter_in_another_colour(singles, step):
     "half", [np.s_[:, :, 24:], np.s_[:, 24:], np.s_[:, 24:, 24:]], ids=["right", "bottom", "quarter"]
 )
 def test_a_chimera_of_two_shapes_or_sizes(singles, half):
-    scenes, pixels, _ = singles
+    _, pixels, _ = singles
     by_look = pixels.reshape(len(SHAPES) * len(SIZES), -1, *pixels.shape[1:])
     for a, b in itertools.permutations(range(len(by_look)), 2):
         mixed = by_look[a].copy()
@@ -135,14 +134,14 @@ def test_a_chimera_of_two_shapes_or_sizes(singles, half):
         assert all(r.unreadable for r in read_scenes(mixed)), (LOOKS[a * 40][:2], LOOKS[b * 40][:2])
 
 
-@pytest.mark.parametrize("shift", [1, 2, 5, 8])
+@pytest.mark.parametrize("shift", [2, 5, 8])
 def test_out_of_place(singles, shift):
     scenes, pixels, _ = singles
     for axis in (1, 2):
         assert_all_rejected(scenes, np.roll(pixels, shift, axis=axis))
 
 
-@pytest.mark.parametrize("opacity", [0.25, 0.4, 0.55])
+@pytest.mark.parametrize("opacity", [0.25, 0.4, 0.55, 0.65])
 def test_a_ghost_is_neither_an_object_nor_nothing(singles, opacity):
     scenes, pixels, grounds = singles
     reads = read_scenes(np.rint(grounds + opacity * (pixels - grounds.astype(float))).astype(np.uint8))

@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
 from emu35.training.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -76,11 +75,12 @@ def answer(scene, text):
         return "yes" if m[1] == scene.background else "no"
     if m := re.fullmatch(rf"is (the .*?) {RELATION} (the .*)\?", text):
         return "yes" if related(m[2], the(scene, m[1]), the(scene, m[3])) else "no"
-    if m := re.fullmatch(r"is (the .*) ((?:in|at|on) the [a-z ]+|an? \w+|\w+)\?", text):
-        o = the(scene, m[1])
-        said = m[2].split(" ", 1)[-1] if m[2].startswith(("a ", "an ")) else m[2]
-        place = re.sub(r"^(in|at|on) the ", "", m[2]).replace("middle", "center")
-        return "yes" if said in (o.color, o.shape, o.size) or place == o.position else "no"
+    if m := re.fullmatch(rf"is (the .*) (?:in|at|on) the ({'|'.join(POSITIONS)}|middle)\?", text):
+        return "yes" if the(scene, m[1]).position == m[2].replace("middle", "center") else "no"
+    if m := re.fullmatch(r"is (the .*) an? (\w+)\?", text):
+        return "yes" if the(scene, m[1]).shape == m[2] else "no"
+    if m := re.fullmatch(r"is (the .*) (\w+)\?", text):
+        return "yes" if m[2] in (the(scene, m[1]).color, the(scene, m[1]).size) else "no"
     raise AssertionError(f"unknown form: {text}")
 
 
@@ -164,7 +164,7 @@ def test_same_seed_same_questions():
 
 def test_wrong_kinds_are_refused():
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="`kind` must be one of colour, .*, got 'smell'"):
+    with pytest.raises(ValueError, match=r"`kind` must be one of colour, .*, got 'smell'"):
         sample_question(sample_scene(rng), rng, kind="smell")
     with pytest.raises(ValueError, match="needs a scene of two or more objects, got one"):
         sample_question(sample_scene(rng, num_objects=1), rng, kind="relation")

@@ -31,11 +31,11 @@ _SHAPE_ERROR = 0.05
 """Share of the squared contrast between object and background that is taken for blur, averaged over a quarter."""
 _GHOST = 25.0
 """An empty cell in which some template fits with a colour shift above this many levels holds a ghost of an object."""
-_DILUTION = (0.75, 1.05)
+_DILUTION = (0.7, 1.1)
 """Measured over true contrast that is accepted: a blur of 1 pixel leaves 0.76 of a small ring."""
 _COLOR_TOLERANCE = 30.0
 """Furthest a measured colour may be from the diluted named one, in levels. On every background the diluted colours
-stay 61 levels apart, so one name at most is that near."""
+stay SEP levels apart, so one name at most is that near."""
 _BACKGROUND_TOLERANCE = 35.0
 """Furthest a measured background may be from a named one, in levels; the nearest two are 95 apart."""
 
@@ -116,12 +116,13 @@ def _read(cells: np.ndarray) -> list[ReadScene]:
     left = np.maximum(energy.sum(2)[..., None] - (shifts**2).sum(3) * norms, 0)  # (N, 9, 10)
     best = left.argmin(2)  # (N, 9)
     shift = np.take_along_axis(shifts, best[..., None, None], axis=2)[:, :, 0]  # (N, 9, 3)
-    color, color_distance = _nearest_color(shift, measured[:, None])
+    color, color_distance, dilution = _nearest_color(shift, measured[:, None])
 
     empty = (_quarters(energy).sum(3).max(2) <= _NOISE_ENERGY * (CELL_SIZE // 2) ** 2) & (
         (shifts**2).sum(3).max(2) <= _GHOST**2
     )
     drawn = ~empty & (color < len(COLORS)) & (color_distance <= _COLOR_TOLERANCE)
+    drawn &= (dilution >= _DILUTION[0]) & (dilution <= _DILUTION[1])
     drawn &= _quarters_agree(difference, energy, best, shift, color, measured)
 
     two = np.sort(left, axis=2)[..., :2]
@@ -169,20 +170,23 @@ def _quarters_agree(difference, energy, best, shift, color, measured) -> np.ndar
     return agree.all(2)
 
 
-def _nearest_color(shift: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _nearest_color(shift: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The named colour whose diluted contrast with the background is nearest to a measured shift.
 
     Args:
         shift (`np.ndarray` of shape `(..., 3)`): measured colour minus background.
         background (`np.ndarray` of shape broadcastable to `(..., 3)`): measured background.
     Returns:
-        Index into the object colours followed by the backgrounds, and distance in levels: arrays of shape `(...)`.
+        Index into the object colours followed by the backgrounds, distance in levels, and measured over true contrast
+        with that colour (not held to the range of `_DILUTION`): arrays of shape `(...)`.
     """
     contrast = _palette(COLORS | BACKGROUNDS) - background[..., None, :]  # (..., 13, 3)
     norms = np.maximum((contrast**2).sum(-1), 1e-9)
-    dilution = np.clip((shift[..., None, :] * contrast).sum(-1) / norms, *_DILUTION)
-    distance = np.sqrt(((shift[..., None, :] - dilution[..., None] * contrast) ** 2).sum(-1))
-    return distance.argmin(-1), distance.min(-1)
+    ratio = (shift[..., None, :] * contrast).sum(-1) / norms
+    nearest_point = np.clip(ratio, *_DILUTION)[..., None] * contrast
+    distance = np.sqrt(((shift[..., None, :] - nearest_point) ** 2).sum(-1))
+    index = distance.argmin(-1)
+    return index, distance.min(-1), np.take_along_axis(ratio, index[..., None], axis=-1)[..., 0]
 
 
 def _to_cells(pixels: np.ndarray) -> np.ndarray:

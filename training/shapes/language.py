@@ -5,6 +5,7 @@ background) or says a relation in place of a position. Every caption mentions ev
 always exact.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +45,8 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool | None = None) ->
     if full:
         return _sentence(_Items().add_all(objects, rng), scene.background, rng)
     background = scene.background if rng.random() < 0.5 else None
+    if rng.random() < 0.15 and (alike := _alike(objects, rng)) is not None:
+        return _sentence(_Items().add_all(alike, rng), background, rng)
     objects = _leave_out(objects, rng)
     cells = [(scene.objects[i].row, scene.objects[i].column) for i in order]
     if len(objects) > 1 and rng.random() < 0.6:
@@ -87,6 +90,20 @@ class _Items:
         self.objects.append(described)
         phrase = with_article(noun_phrase(described, _size_word(described, rng)))
         return phrase if described.position is None else f"{phrase} {choose(rng, PLACES[described.position])}"
+
+
+def _alike(objects: list[Described], rng: np.random.Generator) -> list[Described] | None:
+    """Says the same few aspects of every object, ones in which at least two agree: "two red objects and a blue object".
+
+    `None` for a single object. Chance alone would make plurals too rare to be learnt.
+    """
+    options = []
+    for number in range(3):
+        for aspects in itertools.combinations(("shape", "color", "size"), number):
+            described = [Described(**{aspect: getattr(o, aspect) for aspect in aspects}) for o in objects]
+            if len(set(described)) < len(described):
+                options.append(described)
+    return choose(rng, options) if options else None
 
 
 def _leave_out(objects: list[Described], rng: np.random.Generator) -> list[Described]:
