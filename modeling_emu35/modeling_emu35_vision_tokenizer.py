@@ -368,11 +368,15 @@ class Emu35VisionTokenizer(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        # Torch's own initialisation shrinks the signal layer by layer until the biases drown it, and GroupNorm with few
+        # groups does not take those away: a small model then starts several times slower.
         if isinstance(module, nn.Conv2d):
-            # Torch's own initialisation shrinks the signal by a third a layer and buries it under the biases. GroupNorm
-            # with few groups does not take those away, so a small model would start several times slower.
             init.kaiming_normal_(module.weight, nonlinearity="linear")
             init.zeros_(module.bias)
+            if module is self.post_quant_conv and self.config.normalize_latents:
+                init.normal_(module.weight)  # its input has unit length, so each entry is small
+        elif isinstance(module, Emu35VisionTokenizerResnetBlock):
+            init.zeros_(module.conv2.weight)  # blocks start as their shortcut
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""Processor of Emu3.5: prompts in, typed segments out.
+"""Processor of Emu3.5: text and images to the model's inputs (and back: `output_processing_emu35`).
 
 Plain text that stands together in a prompt, the template's and the user's, is joined and then encoded by a tokenizer
 that has no control tokens at all. So BPE sees the same string as in the release, and what a user types can never
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .configuration_emu35 import SPECIAL_TOKENS, Emu35TokenLayout
 from .image_processing_emu35 import flatten_images, is_single_image
+from .output_processing_emu35 import Emu35OutputMixin, to_list
 from .prompts_emu35 import (
     Conversation,
     ImagePiece,
@@ -29,10 +29,7 @@ from .prompts_emu35 import (
     read_conversation,
     unconditional_pieces,
 )
-from .segments_emu35 import Segment, decode_images, iter_images, parse_segments, pixels_to_pil, read_image
 
-#: A visual token as a string, in the release's vocabulary and in [`Emu35Processor.decode`].
-VISUAL_TOKEN = "<|visual token {:06d}|>"
 _VISUAL_TOKEN_PATTERN = re.compile(r"<\|visual token (\d{6})\|>")
 
 
@@ -54,7 +51,7 @@ class Emu35Inputs(BatchFeature):
         return self
 
 
-class Emu35Processor(ProcessorMixin):
+class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
     r"""
     Text and images to the model's inputs, and its output to typed segments.
 
@@ -107,8 +104,6 @@ class Emu35Processor(ProcessorMixin):
         output["token_layout"] = {key: layout[key] for key in Emu35TokenLayout.__annotations__}
         return output
 
-    # ---------------------------------------------------------------------------------------------- prompts to ids
-
     def __call__(
         self,
         text: str | list[str] | None = None,
@@ -139,8 +134,8 @@ class Emu35Processor(ProcessorMixin):
 
         Returns:
             [`Emu35Inputs`]: `input_ids` and `attention_mask` `(batch, length)`.
-            With images: `pixel_values`, a flat list of `(3, H, W)` in the order of their placeholders, row after row, and
-            `image_sizes` `(num_images, 2)`, their heights and widths in pixels.
+            With images: `pixel_values`, a flat list of `(3, H, W)` in the order of their placeholders, row after row,
+            and `image_sizes` `(num_images, 2)`, their heights and widths in pixels.
             For tasks that make images: the unconditional prompts, with the same images, as `negative_prompt_ids` and
             `negative_prompt_attention_mask`; and, with images, those without images too (for two-scale guidance) as
             `negative_image_prompt_ids` and `negative_image_prompt_attention_mask`.
@@ -195,10 +190,10 @@ class Emu35Processor(ProcessorMixin):
         Args:
             conversation:
                 messages `{"role": "system" | "user" | "assistant", "content": ...}`. Content is a string or a list of
-                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `"path"`, `"url"`, `"base64"`).
-                An assistant's may also hold `{"type": "global_thought" | "image_thought", "text": ...}`, or the segments
-                that [`decode_multimodal`] returned. In a user's turn the task decides whether images stand before or
-                after the text, as in training; only images *between* texts stay where they are.
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or "path", "url", "base64").
+                An assistant's may also hold `{"type": "global_thought" | "image_thought", "text": ...}`, or the
+                segments that [`decode_multimodal`] returned. In a user's turn the task decides whether images stand
+                before or after the text, as in training; only images *between* texts stay where they are.
             task (`str`): see [`__call__`].
             add_generation_prompt (`bool`): whether the assistant speaks next. `False` for training.
             continue_final_message (`bool`):
@@ -206,7 +201,7 @@ class Emu35Processor(ProcessorMixin):
             tokenize (`bool`): `False`: the prompt as a string, for reading. Do not encode it again: in a string, text
                 that looks like a control token cannot be told from a control token.
             return_dict (`bool`): `False`: only the ids.
-            return_assistant_tokens_mask (`bool`): adds `assistant_masks`, 1 on what the assistant says, ESS and EOS too.
+            return_assistant_tokens_mask (`bool`): adds `assistant_masks`, 1 on the assistant's words, ESS and EOS.
             return_tensors, image_area, padding, max_length, allow_control_tokens: see [`__call__`].
             processor_kwargs (`dict`, *optional*): any of these, as transformers' pipelines pass them.
         Raises:
@@ -229,7 +224,8 @@ class Emu35Processor(ProcessorMixin):
             raise TypeError(f"`processor_kwargs` may hold {list(options)}; got {unknown}.")
         options |= processor_kwargs or {}
 
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+        batched = is_list and isinstance(conversation[0], (list, tuple))
         names = [f"messages[{row}]" for row in range(len(conversation))] if batched else ["messages"]
         conversations = [
             read_conversation(messages, self.token_layout, name)
@@ -255,7 +251,7 @@ class Emu35Processor(ProcessorMixin):
         if not tokenize:
             ids = [
                 [token_id for token_id, kept in zip(row, mask, strict=True) if kept]
-                for row, mask in zip(_tolist(inputs["input_ids"]), _tolist(inputs["attention_mask"]), strict=True)
+                for row, mask in zip(to_list(inputs["input_ids"]), to_list(inputs["attention_mask"]), strict=True)
             ]
             return [self.decode(row) for row in ids] if batched else self.decode(ids[0])
         return inputs if return_dict else inputs["input_ids"]
@@ -291,9 +287,7 @@ class Emu35Processor(ProcessorMixin):
             pieces, spoken = conversation.pieces(template, layout, assistant_next, open_end)
             ids, mask = self._encode(pieces, spoken, allow_control_tokens)
             if len(ids) > limit:
-                num_image_tokens = sum(
-                    self.token_layout.num_image_tokens(*image.size) for image in conversation.images
-                )
+                num_image_tokens = sum(layout.num_image_tokens(*image.size) for image in conversation.images)
                 raise ValueError(
                     f"`{name}` gives a prompt of {len(ids)} tokens ({num_image_tokens} of them images), more than "
                     f"`max_length`={limit}. Shorten the text, pass fewer images, or a smaller `image_area`."
@@ -330,7 +324,7 @@ class Emu35Processor(ProcessorMixin):
                 continue
             if not "".join(piece for piece in turn.content if isinstance(piece, str)).strip():
                 raise ValueError(
-                    f"`{name}` has an empty prompt. Say what you want; the empty prompts of guidance are made for you."
+                    f"`{name}`: the prompt is empty. Say what you want; guidance makes its own empty prompts."
                 )
             limit = self.max_images if template.max_images is None else template.max_images
             if len(turn.images) > limit == 0:
@@ -420,145 +414,6 @@ class Emu35Processor(ProcessorMixin):
                 begin = match.end()
         return ids
 
-    # --------------------------------------------------------------------------------------------- ids to segments
-
-    def decode_multimodal(
-        self, ids: Any, vision_tokenizer: Any = None, skip_special_tokens: bool = True, skip_prompt: bool = False
-    ) -> list[Segment]:
-        """One sequence of ids as segments: [`Text`], [`GlobalThought`], [`ImageThought`], [`Image`].
-
-        An image that is unfinished or damaged is reported (`complete=False`, `reason`, the rows there are), and
-        nothing around it is lost.
-
-        Args:
-            ids: one sequence: a list of ints or a tensor `(length,)`.
-            vision_tokenizer (*optional*):
-                fills in `Image.image`: the model, its vision tokenizer, or a function from codes `(1, h, w)` to pixels
-                `(1, 3, H, W)` in [-1, 1]. Without it images are codes only.
-            skip_special_tokens (`bool`):
-                whether control tokens out of place are left out of texts. `False` writes them out, like the release.
-            skip_prompt (`bool`): whether to leave out the prompt, if there is one: all up to the last BSS.
-        Raises:
-            ValueError: if `ids` is not one sequence, or has an id outside the vocabulary.
-        """
-        row = self._row(ids)
-        if skip_prompt:
-            row = self._without_prompt(row)
-        segments = parse_segments(
-            row, self.token_layout, lambda run: self.decode(run, skip_special_tokens=skip_special_tokens)
-        )
-        if vision_tokenizer is not None:
-            decode_images(segments, vision_tokenizer)
-        return segments
-
-    def post_process_multimodal_output(
-        self,
-        generated_outputs: Any,
-        vision_tokenizer: Any = None,
-        skip_special_tokens: bool = True,
-        skip_prompt: bool = True,
-        generation_mode: str | None = "interleaved",
-        **kwargs,
-    ) -> list[list[Segment]] | list[str] | list[PIL.Image.Image]:
-        """What [`generate`] returned, row by row.
-
-        Args:
-            generated_outputs:
-                a tensor `(batch, length)` of ids, or what `generate` returned: `sequences`, perhaps `answer_start` and
-                perhaps `images` (for every row, or in one flat list, those of all complete images of the answers).
-            vision_tokenizer, skip_special_tokens, skip_prompt: see [`decode_multimodal`].
-            generation_mode (`str`, *optional*):
-                "interleaved": segments.  "text" or `None` (so transformers' pipelines call it): strings, prompt
-                included, images left out.  "image": pixels, as the model's `decode_image_tokens` returns them, to PIL.
-        Returns:
-            one list of segments, one string or one image per row.
-        """
-        if generation_mode not in ("interleaved", "text", "image", None):
-            raise ValueError(f'`generation_mode` must be "interleaved", "text" or "image", got {generation_mode!r}.')
-        if generation_mode == "image":
-            return [pixels_to_pil(pixels) for pixels in generated_outputs]
-        images = getattr(generated_outputs, "images", None)
-        starts = getattr(generated_outputs, "answer_start", None)
-        rows = _tolist(getattr(generated_outputs, "sequences", generated_outputs))
-        if rows and isinstance(rows[0], int):
-            rows = [rows]
-        if generation_mode != "interleaved":
-            return [self._text_of(row, skip_special_tokens, **kwargs) for row in rows]
-        if kwargs:
-            raise TypeError(f"post_process_multimodal_output got unknown arguments: {sorted(kwargs)}.")
-        # Pictures belong to the answers, so they can be handed out only where the prompts are left out.
-        images = images if skip_prompt else None
-        if skip_prompt and starts is not None:
-            rows = [row[start:] for row, start in zip(rows, _tolist(starts), strict=True)]
-            skip_prompt = False
-        decoder = vision_tokenizer if images is None else None
-        results = [self.decode_multimodal(row, decoder, skip_special_tokens, skip_prompt) for row in rows]
-        if images is not None:
-            _attach(results, images)
-        return results
-
-    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
-        """The text of every row, prompt included, images left out."""
-        return self.post_process_multimodal_output(
-            generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode="text", **kwargs
-        )
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
-        """Ids as a string, visual tokens as `<|visual token 000000|>` (left out with `skip_special_tokens`).
-
-        For reading; [`decode_multimodal`] is what turns ids into text and images. A batch gives a list of strings.
-        """
-        ids = _tolist(token_ids)
-        if isinstance(ids, int):
-            ids = [ids]
-        if ids and not isinstance(ids[0], int):
-            return [self.decode(row, skip_special_tokens, **kwargs) for row in ids]
-        parts: list[str] = []
-        run: list[int] = []
-        layout = self.token_layout
-        for token_id in [*self._row(ids), None]:
-            if token_id is not None and token_id < layout.visual_token_offset:
-                run.append(token_id)
-                continue
-            if run:
-                parts.append(self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs))
-                run = []
-            if token_id is not None and not skip_special_tokens:
-                parts.append(VISUAL_TOKEN.format(token_id - layout.visual_token_offset))
-        return "".join(parts)
-
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs) -> list[str]:
-        """[`decode`] of every row."""
-        return [self.decode(row, skip_special_tokens, **kwargs) for row in _tolist(sequences)]
-
-    def _text_of(self, ids: list[int], skip_special_tokens: bool, **kwargs) -> str:
-        if not skip_special_tokens:
-            return self.decode(ids, **kwargs)
-        kept, position = [], 0
-        while position < len(ids):
-            if ids[position] == self.token_layout.boi_token_id:
-                position = read_image(ids, position, self.token_layout)[1]
-            else:
-                kept.append(ids[position])
-                position += 1
-        return self.decode(kept, skip_special_tokens=True, **kwargs)
-
-    def _without_prompt(self, ids: list[int]) -> list[int]:
-        layout = self.token_layout
-        if layout.bos_token_id not in ids or layout.bss_token_id not in ids:
-            return ids  # generated tokens only
-        return ids[len(ids) - ids[::-1].index(layout.bss_token_id) :]
-
-    def _row(self, ids: Any) -> list[int]:
-        row = _tolist(ids)
-        if not isinstance(row, list) or any(not isinstance(token_id, int) for token_id in row):
-            raise ValueError("`ids` must be one sequence of ints. For a batch use `post_process_multimodal_output`.")
-        end = max(self.token_layout.visual_token_end, len(self.tokenizer))
-        bad = [token_id for token_id in row if not 0 <= token_id < end]
-        if bad:
-            raise ValueError(f"`ids` holds {bad[0]}, outside the vocabulary [0, {end}).")
-        return row
-
 
 def _check_layout(tokenizer: PreTrainedTokenizerBase, layout: Emu35TokenLayout):
     """Raises a ValueError where the tokenizer has other ids for our tokens than the layout."""
@@ -602,31 +457,6 @@ def _pad(rows: list[list[int]], value: int, padding: bool | str, return_tensors:
         lengths = [len(row) for row in rows]
         raise ValueError(f"prompts of {lengths} tokens make no tensor. Use `padding=True`, or `return_tensors=None`.")
     return torch.tensor(rows) if return_tensors == "pt" else np.array(rows)
-
-
-def _tolist(ids: Any) -> Any:
-    if isinstance(ids, (torch.Tensor, np.ndarray, np.integer)):
-        return ids.tolist()
-    if isinstance(ids, (list, tuple)):
-        return [_tolist(item) for item in ids]
-    return ids
-
-
-def _attach(results: list[list[Segment]], images: Any) -> None:
-    """Gives the pictures that came with an output to the complete images, in order."""
-    images = list(images)
-    if len(images) == len(results) and all(isinstance(row, (list, tuple)) for row in images):
-        groups = [(iter_images(segments), row) for segments, row in zip(results, images, strict=True)]
-    else:
-        groups = [([image for segments in results for image in iter_images(segments)], images)]
-    for targets, pictures in groups:
-        targets = [image for image in targets if image.complete]
-        if len(targets) != len(pictures):
-            raise ValueError(
-                f"the output has {len(pictures)} images, but its sequences hold {len(targets)} complete ones."
-            )
-        for target, picture in zip(targets, pictures, strict=True):
-            target.image = pixels_to_pil(picture)
 
 
 __all__ = ["Emu35Inputs", "Emu35Processor"]

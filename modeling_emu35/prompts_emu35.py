@@ -181,12 +181,14 @@ def read_conversation(messages: Sequence[dict], layout: Emu35TokenLayout, name: 
 
 
 def _read_content(content: Any, role: str, layout: Emu35TokenLayout, where: str) -> list[Piece]:
+    if not isinstance(content, (str, list, tuple)):
+        raise TypeError(f"`{where}`: `content` must be a string or a list, got {type(content).__name__}.")
     pieces: list[Piece] = []
-    for number, item in enumerate([content] if isinstance(content, str) else content or []):
+    for number, item in enumerate([content] if isinstance(content, str) else content):
         kind = item.get("type") if isinstance(item, dict) else getattr(item, "kind", None)
         if isinstance(item, str):
             pieces.append(item)
-        elif kind == "text" and role == "assistant" and isinstance(item, Text):
+        elif isinstance(item, Text):
             pieces.append(item.text)
         elif kind == "text" and isinstance(item, dict) and isinstance(item.get("text"), str):
             pieces.append(item["text"])

@@ -95,6 +95,10 @@ def parse_segments(
         run.clear()
 
     thought_ends = {layout.boc_token_id, layout.boi_token_id, layout.bog_token_id, *_ends(layout)}
+
+    def ends_thought(token_id: int) -> bool:
+        return token_id in thought_ends or _is_visual(token_id, layout)
+
     position = 0
     while position < len(ids):
         token_id = ids[position]
@@ -106,16 +110,16 @@ def parse_segments(
             segments.append(image)
         elif token_id == layout.bog_token_id:
             end_of_text()
-            end = _find(ids, position + 1, {layout.eog_token_id, layout.bog_token_id, *_ends(layout)})
+            end = _find(ids, position + 1, {layout.eog_token_id, layout.bog_token_id, *_ends(layout)}.__contains__)
             complete = end < len(ids) and ids[end] == layout.eog_token_id
             if not complete:
-                end = _find(ids, position + 1, thought_ends)
+                end = _find(ids, position + 1, ends_thought)
             inner = parse_segments(ids[position + 1 : end], layout, decode_text)
             segments.append(GlobalThought(inner, complete))
             position = end + complete
         elif token_id == layout.boc_token_id:
             end_of_text()
-            end = _find(ids, position + 1, {layout.eoc_token_id, *thought_ends})
+            end = _find(ids, position + 1, lambda token: token == layout.eoc_token_id or ends_thought(token))
             complete = end < len(ids) and ids[end] == layout.eoc_token_id
             segments.append(ImageThought(decode_text(list(ids[position + 1 : end])), complete))
             position = end + complete
@@ -133,13 +137,14 @@ def read_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> tupl
     """
     position, size, problem = begin, None, "visual tokens without the begin of an image"
     if ids[begin] == layout.boi_token_id:
-        position = _find_not(ids, begin + 1, {*layout.digit_token_ids, layout.size_separator_token_id})
+        size_ids = {*layout.digit_token_ids, layout.size_separator_token_id}
+        position = _find(ids, begin + 1, lambda token_id: token_id not in size_ids)
         size = parse_size(ids[begin + 1 : position], layout)
         problem = "" if size else "no size, or none that can be read"
         if position < len(ids) and ids[position] == layout.img_token_id:
             position += 1
         elif position < len(ids):
-            size, problem = None, "no visual tokens follow its begin"
+            size, problem = None, "its size is not followed by visual tokens"
             position = begin + 1  # these digits are no size: leave them to the text
     rows: list[list[int]] = [[]]
     closed = False
@@ -167,7 +172,9 @@ def read_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> tupl
         problem = f"{whole} whole rows of {width} codes instead of {size[0]} rows of {size[1]}"
     elif size and extra_row:
         problem = "an end of row after the last row"
-    if not closed and not (size is None and problem and not rows):
+    if not problem and any(-1 in row for row in rows):
+        problem = "placeholders instead of codes; see `model.resolve_image_tokens`"
+    if not closed:
         problem = f"not closed; {problem}" if problem else "not closed"
     return Image(codes, None, not problem, problem, tuple(map(tuple, rows)), size), position
 
@@ -222,7 +229,7 @@ def pixels_to_pil(pixels: torch.Tensor | np.ndarray | PIL.Image.Image) -> PIL.Im
     """Pixels as an image, as the release does it: `(y + 1) * 127.5`, clamped, truncated.
 
     Args:
-        pixels: `(3, H, W)` or `(1, 3, H, W)`, nominally in [-1, 1]; or bytes `(H, W, 3)`; a PIL image is passed through.
+        pixels: `(3, H, W)` or `(1, 3, H, W)`, nominally in [-1, 1]; or bytes `(H, W, 3)`; or a PIL image.
     """
     if isinstance(pixels, PIL.Image.Image):
         return pixels
@@ -248,12 +255,8 @@ def _ends(layout: Emu35TokenLayout) -> tuple[int | None, int | None]:
     return layout.ess_token_id, layout.eos_token_id
 
 
-def _find(ids: Sequence[int], begin: int, wanted: set) -> int:
-    return next((index for index in range(begin, len(ids)) if ids[index] in wanted), len(ids))
-
-
-def _find_not(ids: Sequence[int], begin: int, skipped: set) -> int:
-    return next((index for index in range(begin, len(ids)) if ids[index] not in skipped), len(ids))
+def _find(ids: Sequence[int], begin: int, wanted: Callable[[int], bool]) -> int:
+    return next((index for index in range(begin, len(ids)) if wanted(ids[index])), len(ids))
 
 
 __all__ = ["GlobalThought", "Image", "ImageThought", "Text"]

@@ -6,12 +6,16 @@ import numpy as np
 import torch
 from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 
-from .recipe import DataRecipe, StageRecipe
+from .recipe import StageRecipe
 from .sequences import IGNORED, SequenceWriter, TokenSequence
 from .shapes import Scene, render
 
 MASKED = -1e4
 """Added to attention scores that must vanish; finite, so that rows of padding stay numbers."""
+
+
+SURPLUS = 1.08
+"""Tokens drawn for a batch, as a multiple of its size; what does not fit is dropped."""
 
 
 @dataclass
@@ -45,21 +49,18 @@ class BatchSource:
     Args:
         writer ([`SequenceWriter`]): writes sequences.
         vision_tokenizer ([`Emu35VisionTokenizer`]): turns their images into codes.
-        recipe ([`DataRecipe`]): size of a batch.
         seed (`int`), rank (`int`): where fresh scenes come from.
     """
 
-    def __init__(
-        self, writer: SequenceWriter, vision_tokenizer: Emu35VisionTokenizer, recipe: DataRecipe, seed: int, rank: int = 0
-    ):
-        self.writer, self.vision_tokenizer, self.recipe = writer, vision_tokenizer.eval(), recipe
+    def __init__(self, writer: SequenceWriter, vision_tokenizer: Emu35VisionTokenizer, seed: int, rank: int = 0):
+        self.writer, self.vision_tokenizer = writer, vision_tokenizer.eval()
         self.seed, self.rank = seed, rank
 
     def batch(self, step: int, stage: StageRecipe, dtype: torch.dtype = torch.float32) -> Batch:
         """The batch of a step. `dtype`: of the attention mask."""
         rng = np.random.default_rng((self.seed, 2, step, self.rank))
         rows = self._draw_rows(rng, stage)
-        shape = (self.recipe.rows, self.recipe.row_length)
+        shape = (stage.rows, stage.row_length)
         layout = self.writer.layout
         input_ids = np.full(shape, layout.pad_token_id)
         labels, positions = np.full(shape, IGNORED), np.zeros(shape, dtype=np.int64)
@@ -71,7 +72,9 @@ class BatchSource:
                 input_ids[index, span], labels[index, span] = sequence.input_ids, sequence.labels
                 positions[index, span], segments[index, span] = range(len(sequence)), number
                 begin = span.stop
-        visual = torch.from_numpy(self._encode([scene for row in rows for sequence in row for scene in sequence.scenes]))
+        visual = torch.from_numpy(
+            self._encode([scene for row in rows for sequence in row for scene in sequence.scenes])
+        )
         visual += layout.visual_token_offset
         input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
         holes = input_ids == layout.image_placeholder_token_id
@@ -91,22 +94,22 @@ class BatchSource:
         )
 
     def _draw_rows(self, rng: np.random.Generator, stage: StageRecipe) -> list[list[TokenSequence]]:
-        """Fills rows: each sequence goes to the fullest row that has room, until several in a row found none."""
+        """A little more than fits is drawn; the longest go first, each to the fullest row that has room (best fit)."""
         kinds = list(stage.mixture)
         edges = np.cumsum(list(stage.mixture.values()))
-        rows: list[list[TokenSequence]] = [[] for _ in range(self.recipe.rows)]
-        room = [self.recipe.row_length] * self.recipe.rows
-        misses = 0
-        while misses < 4:
+        drawn, wanted = [], SURPLUS * stage.rows * stage.row_length
+        while wanted > 0:
             kind = kinds[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
-            sequence = self.writer.draw(kind, rng)
+            drawn.append(self.writer.draw(kind, rng))
+            wanted -= len(drawn[-1])
+        rows: list[list[TokenSequence]] = [[] for _ in range(stage.rows)]
+        room = [stage.row_length] * stage.rows
+        for sequence in sorted(drawn, key=len, reverse=True):
             fitting = [index for index, left in enumerate(room) if left >= len(sequence)]
-            if not fitting:
-                misses += 1
-                continue
-            index = min(fitting, key=room.__getitem__)
-            rows[index].append(sequence)
-            room[index] -= len(sequence)
+            if fitting:
+                index = min(fitting, key=room.__getitem__)
+                rows[index].append(sequence)
+                room[index] -= len(sequence)
         return rows
 
     @torch.no_grad()

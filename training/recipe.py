@@ -21,16 +21,22 @@ class StageRecipe:
         name (`str`): for logs and curves.
         steps (`int`): optimiser steps.
         mixture (`dict[str, float]`): kind of sequence (see `sequences.KINDS`) -> share of the sequences, in proportion.
+        rows (`int`), row_length (`int`): rows of a batch of one process, and their tokens. Short sequences share a row;
+            a length in which the stage's sequences leave few gaps saves time.
     """
 
     name: str
     steps: int
     mixture: dict[str, float]
+    rows: int = 14
+    row_length: int = 224
 
     def __post_init__(self):
         from .sequences import KINDS
 
         _require(self.steps > 0, "steps", self.steps, "positive")
+        _require(self.rows > 0, "rows", self.rows, "positive")
+        _require(self.row_length >= 144, "row_length", self.row_length, "at least 144, or sequences don't fit")
         for kind, share in self.mixture.items():
             if kind not in KINDS:
                 raise ValueError(f"`mixture` of stage {self.name!r}: {_unknown(kind, KINDS)}")
@@ -41,28 +47,27 @@ class StageRecipe:
 
 @dataclass
 class DataRecipe:
-    """How scenes and sentences are drawn, and how sequences become batches.
+    """How scenes and sentences are drawn.
 
     Args:
         objects (`list[float]`): share of scenes with 1, 2 and 3 objects, in proportion.
         full_captions (`float`): share of captions that fix the whole scene.
         caption_dropout (`float`): share of `t2i` sequences with the unconditional prompt, for guidance.
-        rows (`int`), row_length (`int`): rows of a batch of one process, and their tokens. Short sequences share a row.
     """
 
     objects: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.4])
     full_captions: float = 0.5
     caption_dropout: float = 0.1
-    rows: int = 16
-    row_length: int = 192
 
     def __post_init__(self):
-        _require(len(self.objects) == 3 and min(self.objects) >= 0 and sum(self.objects) > 0,
-                 "data.objects", self.objects, "three shares, not all 0")
+        _require(
+            len(self.objects) == 3 and min(self.objects) >= 0 and sum(self.objects) > 0,
+            "data.objects",
+            self.objects,
+            "three shares, not all 0",
+        )
         for name in ("full_captions", "caption_dropout"):
             _require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "in [0, 1]")
-        _require(self.rows > 0, "data.rows", self.rows, "positive")
-        _require(self.row_length >= 128, "data.row_length", self.row_length, "at least 128, or sequences don't fit")
 
 
 @dataclass
@@ -170,7 +175,9 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
     path = Path(path)
     if not path.is_file():
         shipped = sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml"))
-        raise FileNotFoundError(f"`recipe_path`: no file {path}. Shipped recipes: training/recipes/{{{', '.join(shipped)}}}.")
+        raise FileNotFoundError(
+            f"`recipe_path`: no file {path}. Shipped recipes: training/recipes/{{{', '.join(shipped)}}}."
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -15,12 +15,13 @@ What is given (captions before images, questions, images of the user) is not lea
 predicting it would only cost capacity. A description is canonical, so all of it follows from the image.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from emu35.configuration_emu35 import Emu35TokenLayout
-from emu35.processing_emu35 import TASK_TEMPLATES
+from emu35.prompts_emu35 import Conversation, ImagePiece, Piece, Turn, get_template, unconditional_pieces
 from transformers import PreTrainedTokenizerFast
 
 from .recipe import DataRecipe
@@ -133,23 +134,34 @@ class SequenceWriter:
     # ---------------------------------------------------------------------------------------------- instruction
 
     def _t2i(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
-        template, content = TASK_TEMPLATES["t2i"].system, self._caption(scene, rng)
+        text = self._caption(scene, rng)
         if rng.random() < self.recipe.caption_dropout:
-            template, content = "You are a helpful assistant.", ""
-        sequence.add(self._start, False)
-        self._add_text(sequence, f"{template} USER: {content} ASSISTANT: ", False)
-        sequence.add([self.layout.bss_token_id], False)
+            self._add_prompt(sequence, unconditional_pieces(self.layout), scene)
+        else:
+            self._add_prompt(sequence, self._pieces("t2i", [text]), scene)
         self._add_image(sequence, scene, True)
         sequence.add(self._answer_end, True)
 
     def _ask(self, sequence: TokenSequence, scene: Scene, text: str, answer: str):
-        sequence.add(self._start, False)
-        self._add_text(sequence, f"{TASK_TEMPLATES['vqa'].system} USER: ", False)
-        self._add_image(sequence, scene, False)
-        self._add_text(sequence, f" {text} ASSISTANT: ", False)
-        sequence.add([self.layout.bss_token_id], False)
+        self._add_prompt(sequence, self._pieces("vqa", [ImagePiece(), text]), scene)
         self._add_text(sequence, answer, True)
         sequence.add(self._answer_end, True)
+
+    def _pieces(self, task: str, content: list[Piece]) -> list[Piece]:
+        turn = Conversation([Turn("user", content)])
+        return turn.pieces(get_template(task), self.layout, assistant_next=True)[0]
+
+    def _add_prompt(self, sequence: TokenSequence, pieces: list[Piece], scene: Scene):
+        """The pieces as ids; neighbouring text is joined first, as the processor does."""
+        for is_text, group in itertools.groupby(pieces, key=lambda piece: isinstance(piece, str)):
+            if is_text:
+                self._add_text(sequence, "".join(group), False)
+                continue
+            for piece in group:
+                if isinstance(piece, ImagePiece):
+                    self._add_image(sequence, scene, False)
+                else:
+                    sequence.add([piece], False)
 
     def _vqa(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
         question = sample_question(scene, rng)
@@ -181,6 +193,6 @@ def sample_texts(number: int, seed: int = 0) -> list[str]:
     for _ in range(number):
         scene = sample_scene(rng, held_out=False)
         question, request = sample_question(scene, rng), describe(scene, rng)
-        texts += [f"{TASK_TEMPLATES['t2i'].system} USER: {caption(scene, rng).text} ASSISTANT: "]
+        texts.append(f"{get_template('t2i').system} USER: {caption(scene, rng).text} ASSISTANT: ")
         texts += [f" {question.text} {question.answer}", question.answer, f" {request.text}", request.answer]
     return texts

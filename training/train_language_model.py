@@ -64,8 +64,14 @@ def build_model(
 class LanguageModelTrainer:
     """One process of a run."""
 
-    def __init__(self, recipe: Recipe, processor: Emu35Processor, vision_tokenizer: Emu35VisionTokenizer,
-                 rank: int = 0, device: str = "cpu"):
+    def __init__(
+        self,
+        recipe: Recipe,
+        processor: Emu35Processor,
+        vision_tokenizer: Emu35VisionTokenizer,
+        rank: int = 0,
+        device: str = "cpu",
+    ):
         self.recipe, self.rank, self.device = recipe, rank, torch.device(device)
         self.model = build_model(recipe, processor, vision_tokenizer).to(self.device).train()
         self.model.vision_tokenizer.eval()
@@ -73,7 +79,7 @@ class LanguageModelTrainer:
         self.decoder = torch.compile(self.model.model) if recipe.compile else self.model.model
         factor = vision_tokenizer.config.downsampling_factor
         writer = SequenceWriter(processor.tokenizer, processor.token_layout, recipe.data, factor)
-        self.source = BatchSource(writer, self.model.vision_tokenizer, recipe.data, recipe.seed, rank)
+        self.source = BatchSource(writer, self.model.vision_tokenizer, recipe.seed, rank)
         self.optimizer = MuonAdamW(self.model, recipe.optimizer, rank)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
@@ -165,7 +171,9 @@ def _barrier():
         dist.barrier()
 
 
-def _work(rank: int, recipe: Recipe, directory: str, vision_tokenizer: str, processor: str, device: str, progress: bool):
+def _work(
+    rank: int, recipe: Recipe, directory: str, vision_tokenizer: str, processor: str, device: str, progress: bool
+):
     directory = Path(directory)
     trainer = LanguageModelTrainer(
         recipe,
@@ -188,7 +196,9 @@ def _work(rank: int, recipe: Recipe, directory: str, vision_tokenizer: str, proc
             seconds = time.monotonic() - started
             if step % recipe.log_every == 0 or step == last:
                 stage = recipe.stage_at(step).name
-                log.write(step, stage=stage, **values, tokens_per_second=round(tokens / seconds), seconds=round(seconds, 1))
+                log.write(
+                    step, stage=stage, **values, tokens_per_second=round(tokens / seconds), seconds=round(seconds, 1)
+                )
                 bar.set_postfix(stage=stage, visual=f"{values['visual']:.4f}", text=f"{values['text']:.4f}")
             bar.update()
         if (step + 1) % recipe.save_every == 0 or step == last:

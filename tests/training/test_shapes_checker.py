@@ -79,7 +79,7 @@ def test_exact_on_2000_scenes(scenes, pixels):
         assert [o.position for o in read.objects] == [o.position for o in scene.objects]
 
 
-@pytest.mark.parametrize("sigma", [4, 8])
+@pytest.mark.parametrize("sigma", [8])
 def test_noise(scenes, pixels, sigma):
     assert all(whole(scenes, noisy(pixels, sigma)))
 
@@ -106,7 +106,7 @@ def test_half_or_a_quarter_missing(singles, rows, columns):
     assert not any(whole(scenes, pixels))
 
 
-@pytest.mark.parametrize("step", range(1, len(COLORS)))
+@pytest.mark.parametrize("step", [1, 4, 6])
 def test_a_quarter_in_another_colour(singles, step):
     scenes, pixels, _ = singles
     names = list(COLORS)
@@ -158,6 +158,16 @@ def test_garbage_cells_are_unreadable(singles):
     assert all(r.unreadable == ((0, 0),) and len(r.objects) == 1 for r in reads)
     assert not any(score(meaning_of(s), r)["whole_scene"] for s, r in zip(scenes, reads, strict=True))
     assert all(score(meaning_of(s), r)["object"] == 1.0 for s, r in zip(scenes, reads, strict=True))
+
+
+def test_diluted_colours_stay_apart():
+    """The checker's claim that at most one name lies within its tolerance of 27 levels of a measured colour."""
+    ratio = np.linspace(0.7, 1.1, 41)[:, None]
+    for ground, color in itertools.product(BACKGROUNDS, COLORS):
+        mine = ratio * np.subtract(COLORS[color], BACKGROUNDS[ground])
+        for rgb in [v for k, v in {**COLORS, **BACKGROUNDS}.items() if k not in (ground, color)]:
+            other = ratio * np.subtract(rgb, BACKGROUNDS[ground])
+            assert np.linalg.norm(mine[:, None] - other, axis=-1).min() > 54
 
 
 def test_pure_noise_and_gradients_are_no_scene():

@@ -25,17 +25,17 @@ from .scoring import score, score_scene
 
 __all__ = ["ReadObject", "ReadScene", "read_scene", "read_scenes", "score", "score_scene"]
 
-_NOISE_ENERGY = 300.0
-"""Squared error a pixel (3 channels summed) that is taken for noise: white noise of 10 levels (of 255) a channel."""
+_NOISE_ENERGY = 340.0
+"""Squared error a pixel (3 channels summed) that is taken for noise: white noise of 10.6 levels (of 255) a channel."""
 _SHAPE_ERROR = 0.05
 """Share of the squared contrast between object and background that is taken for blur, averaged over a quarter."""
 _GHOST = 25.0
 """An empty cell in which some template fits with a colour shift above this many levels holds a ghost of an object."""
 _DILUTION = (0.7, 1.1)
 """Measured over true contrast that is accepted: a blur of 1 pixel leaves 0.76 of a small ring."""
-_COLOR_TOLERANCE = 30.0
+_COLOR_TOLERANCE = 27.0
 """Furthest a measured colour may be from the diluted named one, in levels. On every background the diluted colours
-stay SEP levels apart, so one name at most is that near."""
+stay 54 levels apart, so one name at most is that near."""
 _BACKGROUND_TOLERANCE = 35.0
 """Furthest a measured background may be from a named one, in levels; the nearest two are 95 apart."""
 

@@ -93,7 +93,7 @@ class _Items:
 
 
 def _alike(objects: list[Described], rng: np.random.Generator) -> list[Described] | None:
-    """Says the same few aspects of every object, ones in which at least two agree: "two red objects and a blue object".
+    """Says the same few aspects of every object, such that two at least agree: "two red objects and a blue object".
 
     `None` for a single object. Chance alone would make plurals too rare to be learnt.
     """

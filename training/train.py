@@ -1,0 +1,84 @@
+"""`emu35 train RECIPE.yaml`: all stages of a recipe, from nothing to a checkpoint.
+
+    visual vocabulary ──► single-modality pre-training ──► alignment ──► instruction tuning ──► export
+    (vision_tokenizer)    └────────────── language_model, one run ──────────────────────┘
+
+    emu35 train training/recipes/tiny.yaml      # under two hours on 2 CPU cores, minutes on a GPU
+
+Interrupt it whenever you like, even with `kill -9`; the same command goes on where it was.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from emu35.image_processing_emu35 import Emu35ImageProcessor
+from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
+from emu35.processing_emu35 import Emu35Processor
+from emu35.tokenization_emu35 import token_layout_from_tokenizer, train_small_tokenizer
+
+from .export import export
+from .recipe import Recipe, load_recipe
+from .sequences import sample_texts
+from .shapes import IMAGE_SIZE
+from .train_language_model import train_language_model
+from .train_vision_tokenizer import train_vision_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe_path: str | os.PathLike,
+    output_dir: str | os.PathLike | None = None,
+    export_dir: str | os.PathLike | None = None,
+    resume: bool = True,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Path:
+    """Run a recipe, or what is left of it.
+
+    Args:
+        recipe_path (`str` or `os.PathLike`): a YAML file, see [`Recipe`].
+        output_dir, export_dir (`str` or `os.PathLike`, *optional*): instead of the recipe's.
+        resume (`bool`): `False`: start from nothing, whatever `output_dir` holds.
+        device (`str`): "cpu" or "cuda".
+        progress (`bool`): show progress bars.
+    Returns:
+        `Path`: the folder of the finished model.
+    Raises:
+        FileNotFoundError, ValueError: if the recipe is missing or wrong, or `output_dir` holds a run of another recipe.
+    """
+    recipe = load_recipe(recipe_path)
+    output_dir = Path(output_dir or recipe.output_dir)
+    export_dir = Path(export_dir or recipe.export_dir or output_dir / "export")
+    vision_tokenizer_dir, processor_dir = output_dir / "vision_tokenizer", output_dir / "processor"
+    language_model_dir = output_dir / "language_model"
+    if not resume:
+        for directory in (vision_tokenizer_dir, processor_dir, language_model_dir):
+            shutil.rmtree(directory, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    logger.info("stage 1: visual vocabulary")
+    vision_tokenizer = train_vision_tokenizer(recipe.vision_tokenizer, vision_tokenizer_dir, device, progress)
+    processor = build_processor(recipe, vision_tokenizer)
+    processor.save_pretrained(processor_dir)
+    logger.info("stages 2 to 4: language model")
+    model = train_language_model(
+        recipe, language_model_dir, vision_tokenizer_dir, processor_dir, device=device, progress=progress
+    )
+    export(model, processor, export_dir, recipe.generation)
+    logger.info("the model is in %s", export_dir)
+    return export_dir
+
+
+def build_processor(recipe: Recipe, vision_tokenizer: Emu35VisionTokenizer) -> Emu35Processor:
+    """The processor of a recipe: a text vocabulary for the world of shapes, and images of its size."""
+    tokenizer = train_small_tokenizer(
+        sample_texts(4000, recipe.seed),
+        recipe.text_vocabulary,
+        model_max_length=recipe.model["max_position_embeddings"],
+    )
+    layout = token_layout_from_tokenizer(tokenizer, vision_tokenizer.config.codebook_size, size_digits=(1, 1))
+    factor = vision_tokenizer.config.downsampling_factor
+    image_processor = Emu35ImageProcessor(factor=factor, image_area=IMAGE_SIZE**2)
+    return Emu35Processor(image_processor, tokenizer, layout, image_area=IMAGE_SIZE**2)
