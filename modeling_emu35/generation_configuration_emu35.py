@@ -1,13 +1,16 @@
 """Settings and result of `generate`."""
 
+import copy
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
 import torch
 from transformers.generation import GenerationConfig
-from transformers.utils import ModelOutput
+
+from .prompts_emu35 import get_template
 
 GENERATION_MODES = ("text", "image", "interleaved")
 
@@ -64,6 +67,12 @@ HONOURED = (
 )
 SETTINGS = (*_OWN, *HONOURED)
 
+_INHERITED = frozenset(vars(GenerationConfig()))
+#: Inherited settings that change nothing about an answer; callers such as trainers set them as a matter of course.
+_WITHOUT_EFFECT = frozenset(
+    {"bos_token_id", "use_cache", "cache_implementation", "compile_config", "disable_compile", "transformers_version"}
+)
+
 
 class Emu35GenerationConfig(GenerationConfig):
     r"""
@@ -91,13 +100,23 @@ class Emu35GenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
-        for name, default in _OWN.items():
-            setattr(self, name, kwargs.pop(name, default))
+        own = {name: kwargs.pop(name, copy.deepcopy(default)) for name, default in _OWN.items()}
+        if not kwargs.get("_from_model_config"):
+            _check_names((name for name in kwargs if not name.startswith("_")), {*SETTINGS, *_INHERITED}, "no setting")
         kwargs.setdefault("return_dict_in_generate", True)
-        super().__init__(**kwargs)
+        for name, value in own.items():
+            setattr(self, name, value)
+        # Validates at its end. It has a `guidance_scale` too and would reset ours.
+        super().__init__(guidance_scale=own["guidance_scale"], **kwargs)
 
-    def validate(self, **kwargs):
-        super().validate(**kwargs)
+    @classmethod
+    def from_model_config(cls, model_config) -> "Emu35GenerationConfig":
+        """The class's defaults: `config.json` holds no settings of `generate`."""
+        return cls()
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None):
+        # Sampling settings of a checkpoint stay in place under `do_sample=False`, which is no reason to warn about them.
+        super().validate(strict=strict, user_set_attributes={"do_sample", "num_beams"})
         if self.generation_mode not in GENERATION_MODES:
             raise ValueError(f"`generation_mode` must be one of {GENERATION_MODES}, got {self.generation_mode!r}.")
         for name in ("guidance_scale", "image_guidance_scale"):
@@ -116,40 +135,65 @@ class Emu35GenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"`{name}` must lie in (0, 1], got {value}.")
-        for name in ("max_images", "image_area", "num_return_sequences"):
+        for name in ("max_images", "image_area", "num_return_sequences", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        for task, defaults in (self.task_defaults or {}).items():
+            _check_names(defaults, set(SETTINGS), f"`task_defaults[{task!r}]` has an unknown setting")
 
     @classmethod
     def released(cls, **kwargs) -> "Emu35GenerationConfig":
         """The defaults of the release (its example configurations)."""
         return cls(**{**RELEASED_DEFAULTS, **kwargs})
 
+    def overridden_by(self, other: GenerationConfig) -> "Emu35GenerationConfig":
+        """`other` where it is a configuration of ours, else a copy of this one with all that `other` sets.
+
+        A plain [`~transformers.GenerationConfig`], as trainers pass it, means a plain result: token ids only, unless
+        it says otherwise.
+        """
+        if isinstance(other, Emu35GenerationConfig):
+            return other
+        settings = {name: value for name, value in other.to_dict().items() if value is not None}
+        settings["return_dict_in_generate"] = bool(other.return_dict_in_generate)
+        return self.from_dict({**self.to_dict(), **settings})
+
     def with_settings(self, task: str | None = None, **settings) -> "Emu35GenerationConfig":
         """A validated copy with the task's defaults and then `settings` applied.
 
         Raises:
-            ValueError: for a setting that does not exist (names the nearest one) or has no effect here.
+            ValueError: for a setting that does not exist (names the nearest one) or that `generate` cannot follow.
         """
-        for name in settings:
-            if name not in SETTINGS:
-                near = difflib.get_close_matches(name, SETTINGS, n=1)
-                hint = f" Did you mean `{near[0]}`?" if near else f" Settings: {', '.join(SETTINGS)}."
-                raise ValueError(f"`generate` does not know `{name}`.{hint}")
-        config = self.__class__.from_dict(self.to_dict())
-        if task is not None and self.task_defaults:
-            for name, value in self.task_defaults.get(task, {}).items():
-                setattr(config, name, value)
-        for name, value in settings.items():
+        _check_names(settings, {*SETTINGS, *_WITHOUT_EFFECT}, "`generate` does not know")
+        defaults = (self.task_defaults or {}).get(task)
+        if task is not None and defaults is None:
+            get_template(task)  # raises for an unknown task; others simply have no defaults of their own
+        config = copy.deepcopy(self)
+        for name, value in {**(defaults or {}), **settings}.items():
             setattr(config, name, value)
         config.validate()
+        neutral = self._get_default_generation_params()
+        for name in sorted(_INHERITED.difference(SETTINGS, _WITHOUT_EFFECT)):
+            value = getattr(config, name)
+            if not name.startswith("_") and value is not None and value != neutral.get(name, False):
+                raise ValueError(f"`{name}`={value!r} is not supported. Settings: {', '.join(SETTINGS)}.")
         return config
 
 
+def _check_names(names: Iterable[str], known: set[str], complaint: str):
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, SETTINGS, n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"Settings: {', '.join(SETTINGS)}."
+            raise ValueError(f"{complaint} `{name}`. {hint}")
+
+
 @dataclass
-class Emu35GenerateOutput(ModelOutput):
+class Emu35GenerateOutput:
     """What `generate` returns.
+
+    Not a `ModelOutput`: `transformers.pipeline` rebuilds those as plain dictionaries, in which it then misses the attributes.
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch, length)`): prompt and answer, padded on the right.

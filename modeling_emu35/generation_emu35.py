@@ -94,8 +94,6 @@ def allowed_size_tokens(size_ids: Sequence[int], layout: Emu35TokenLayout) -> li
 class Emu35GenerationMixin(GenerationMixin):
     """`generate` of [`Emu35ForConditionalGeneration`]."""
 
-    generation_config_class = Emu35GenerationConfig
-
     def adjust_generation_fn(
         self,
         generation_config,
@@ -149,7 +147,7 @@ class Emu35GenerationMixin(GenerationMixin):
         negative_image_prompt_ids: torch.LongTensor | None = None,
         negative_image_prompt_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        image_grids: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
         generation_config: Emu35GenerationConfig | None = None,
         task: str | None = None,
         generator: Generators = None,
@@ -167,6 +165,7 @@ class Emu35GenerationMixin(GenerationMixin):
             negative_image_prompt_ids, negative_image_prompt_attention_mask:
                 prompts without text and images, for `image_guidance_scale`.
             pixel_values: images behind the placeholders in the prompts.
+            image_sizes: their heights and widths, which the processor adds; not needed here.
             generation_config (`Emu35GenerationConfig`, *optional*): instead of `model.generation_config`.
             task (`str`, *optional*): apply the checkpoint's defaults for this task ("t2i", "x2i", "story", ...).
             generator (`torch.Generator`, or one a row): the same seed gives the same answer.
@@ -177,9 +176,9 @@ class Emu35GenerationMixin(GenerationMixin):
         Raises:
             ValueError: for settings that don't exist, contradict each other or don't fit the prompts.
         """
-        config = generation_config if generation_config is not None else self.generation_config
-        if not isinstance(config, Emu35GenerationConfig):
-            config = Emu35GenerationConfig.from_dict(config.to_dict())
+        config = Emu35GenerationConfig().overridden_by(self.generation_config)
+        if generation_config is not None:
+            config = config.overridden_by(generation_config)
         config = config.with_settings(task, **settings)
         if config.image_decoder not in IMAGE_DECODERS:
             raise ValueError(

@@ -316,10 +316,7 @@ def _mode_to_rgb(image: Image.Image, name: str) -> Image.Image:
         )
     if image.mode in ("RGBa", "La"):  # premultiplied alpha converts only to its plain form
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
-    try:
-        return image.convert("RGB")
-    except (ValueError, OSError) as error:
-        raise ValueError(f"`{name}` has mode {image.mode}, which PIL cannot convert to RGB.") from error
+    return image.convert("RGB")
 
 
 def _array_to_rgb(

@@ -20,8 +20,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 from transformers.utils import can_return_tuple
 
-from .checkpoint_emu35 import ReleasedCheckpointMixin
+from .checkpoint_emu35 import ReleasedCheckpointMixin, StrictCheckpointMixin
 from .configuration_emu35 import Emu35Config, Emu35TextConfig
+from .generation_configuration_emu35 import Emu35GenerationConfig
 from .generation_emu35 import Emu35GenerationMixin
 from .image_tokens_emu35 import last_image
 from .modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
@@ -66,7 +67,7 @@ class Emu35DecoderLayer(Qwen3DecoderLayer):
         return hidden_states + F.dropout(fed_forward, self.residual_dropout, self.training)
 
 
-class Emu35PreTrainedModel(PreTrainedModel):
+class Emu35PreTrainedModel(StrictCheckpointMixin, PreTrainedModel):
     config: Emu35Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -133,7 +134,7 @@ class Emu35Model(Emu35PreTrainedModel, Qwen3Model):
         )
 
 
-class Emu35ForConditionalGeneration(Emu35PreTrainedModel, ReleasedCheckpointMixin, Emu35GenerationMixin):
+class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedModel, Emu35GenerationMixin):
     """
     Emu3.5: decoder, output head, and (where the configuration has one) the vision tokenizer.
 
@@ -141,6 +142,7 @@ class Emu35ForConditionalGeneration(Emu35PreTrainedModel, ReleasedCheckpointMixi
     which those do not contain.
     """
 
+    generation_config_class = Emu35GenerationConfig
     input_modalities = ("text", "image")
     output_modalities = ("text", "image")
     # Codes are an argmax over up to 131,072 near neighbours: half precision would flip some of them.
@@ -342,11 +344,11 @@ class Emu35ForConditionalGeneration(Emu35PreTrainedModel, ReleasedCheckpointMixi
             pixel_values: images in the order of their placeholders, row after row (what the processor returns).
             inputs: `input_ids` and what else the processor returned; everything that is not token ids is passed through.
         Returns:
-            `dict`: `inputs` without `pixel_values` and `image_grids`.
+            `dict`: `inputs` without `pixel_values` and `image_sizes`.
         """
         placeholder = self.config.token_layout.image_placeholder_token_id
         id_keys = [key for key in inputs if key == "input_ids" or (key.startswith("negative") and key.endswith("_ids"))]
-        resolved = {key: value for key, value in inputs.items() if key != "image_grids"}
+        resolved = {key: value for key, value in inputs.items() if key != "image_sizes"}
         visual_ids = None
         if pixel_values is not None:
             codes = self.encode_image(pixel_values)

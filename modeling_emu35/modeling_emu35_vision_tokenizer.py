@@ -24,6 +24,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from .checkpoint_emu35 import StrictCheckpointMixin
 from .configuration_emu35 import Emu35VisionTokenizerConfig
 
 # A block of logits of 1024 codes x 1024 positions (4 MiB in float32) stays in the processor's cache between the matrix
@@ -332,7 +333,7 @@ def _by_shape(items: Sequence[torch.Tensor], function: Callable[[torch.Tensor], 
     return results
 
 
-class Emu35VisionTokenizer(PreTrainedModel):
+class Emu35VisionTokenizer(StrictCheckpointMixin, PreTrainedModel):
     r"""
     Images to codes and back.  `from_pretrained` reads our own checkpoints and the released folder (`config.yaml` +
     `model.ckpt`, without ever unpickling code).
@@ -347,6 +348,8 @@ class Emu35VisionTokenizer(PreTrainedModel):
 
     config_class = Emu35VisionTokenizerConfig
     base_model_prefix = "vision_tokenizer"
+    # So that it also loads from the checkpoint of a whole model.
+    _keys_to_ignore_on_load_unexpected = [r"^model\.", r"^lm_head\."]
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True

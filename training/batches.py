@@ -23,10 +23,10 @@ class Batch:
     """One step of one process.
 
     Attributes:
-        input_ids, labels, position_ids (`torch.LongTensor` of shape `(rows, row_length)`): positions count from 0 in each
-            sequence; labels are not shifted.
-        attention_mask (`torch.Tensor` of shape `(rows, 1, row_length, row_length)`): added to the scores; causal, and each
-            sequence sees only itself.
+        input_ids, labels, position_ids (`torch.LongTensor` of shape `(rows, row_length)`):
+            positions count from 0 in each sequence; labels are not shifted.
+        attention_mask (`torch.Tensor` of shape `(rows, 1, row_length, row_length)`):
+            added to the scores; causal, and each sequence sees only itself.
         num_sequences (`int`), num_tokens (`int`): without padding.
     """
 
@@ -44,7 +44,7 @@ class Batch:
 
 
 class BatchSource:
-    """The batches of a run: every one a function of (seed, step, rank) alone, so a resumed run sees what it would have.
+    """The batches of a run: each a function of (seed, step, rank) alone, so a resumed run sees what it would have.
 
     Args:
         writer ([`SequenceWriter`]): writes sequences.

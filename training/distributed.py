@@ -2,6 +2,8 @@
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -32,12 +34,20 @@ def launch(worker: Callable, num_processes: int, *args):
 
 def _run(rank: int, worker: Callable, num_processes: int, port: int, args: tuple):
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_processes)
     try:
         worker(rank, *args)
     finally:
         dist.destroy_process_group()
+
+
+def _end_with_parent(parent: int):
+    """After a `kill -9` of the launching process nobody else would stop this one, and it would go on writing."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def world_size() -> int:

@@ -4,8 +4,8 @@
     emu35 eval --task vqa --num 600 --seed 1       # images + questions -> answers, compared exactly
     emu35 eval --task reconstruction --num 1000    # images -> codes -> images -> checker
 
-Scenes, captions and questions are drawn afresh from the seed. Training draws from other streams of random numbers and never
-shows a held-out pair of colour and shape; scenes with such a pair are reported apart.
+Scenes, captions and questions are drawn afresh from the seed. Training draws from other streams of random numbers and
+never shows a held-out pair of colour and shape; scenes with such a pair are reported apart.
 """
 
 import logging
@@ -64,7 +64,8 @@ def evaluate(
         num (`int`): prompts or images; a third each with 1, 2 and 3 objects, captions half full and half partial.
         seed (`int`): of scenes, sentences and sampling.
         guidance_scale (`float`, *optional*): instead of the checkpoint's own.
-        num_held_out (`int`, *optional*): further scenes with held-out pairs of colour and shape; default: a quarter of `num`.
+        num_held_out (`int`, *optional*):
+            further scenes with held-out pairs of colour and shape; default: a quarter of `num`.
         batch_size (`int`): prompts at a time.
         processor ([`Emu35Processor`], *optional*): needed when `model` is not a path.
         device (`str`): where a model given by path is put.
@@ -226,9 +227,8 @@ def sweep(
     """
     points = []
     for value in values:
-        result = evaluate(
-            model, "t2i", num, seed, num_held_out=0, processor=processor, progress=progress, **settings, **{setting: value}
-        )
+        options = {"num_held_out": 0, "processor": processor, "progress": progress, **settings, setting: value}
+        result = evaluate(model, "t2i", num, seed, **options)
         points.append({setting: value, "whole_scene": result["whole_scene"]})
         logger.info("%s %s: %s", setting, value, result["whole_scene"])
     if image_path is not None:

@@ -41,6 +41,5 @@ def export(
         eos_token_id=layout.eos_token_id,
         **settings,
     )
-    model.set_attn_implementation("sdpa")
     model.save_pretrained(directory)
     processor.save_pretrained(directory)

@@ -13,9 +13,9 @@ from .recipe import OptimizerRecipe
 class MuonAdamW:
     """Orthogonalised momentum for the decoder's matrices; AdamW for embeddings, output head and norms.
 
-    Newton-Schulz iterations cost the same whatever the batch is, so each process does them for its share of the matrices
-    only, and then all of them exchange the results. Source of Muon: https://kellerjordan.github.io/posts/muon/; the step
-    size is scaled as in arXiv 2502.16982, so that AdamW's learning rates carry over.
+    Newton-Schulz iterations cost the same whatever the batch is, so each process does them for its share of the
+    matrices only, and then all of them exchange the results. Source of Muon: kellerjordan.github.io/posts/muon; its
+    steps are scaled as in arXiv 2502.16982, so that AdamW's learning rates carry over.
 
     Args:
         model (`nn.Module`): its trainable parameters; the gradients must be averaged already when [`step`] is called.

@@ -20,9 +20,10 @@ class StageRecipe:
     Args:
         name (`str`): for logs and curves.
         steps (`int`): optimiser steps.
-        mixture (`dict[str, float]`): kind of sequence (see `sequences.KINDS`) -> share of the sequences, in proportion.
-        rows (`int`), row_length (`int`): rows of a batch of one process, and their tokens. Short sequences share a row;
-            a length in which the stage's sequences leave few gaps saves time.
+        mixture (`dict[str, float]`): kind of sequence (see `sequences.KINDS`) -> share of the sequences.
+        rows (`int`), row_length (`int`):
+            rows of a batch of one process, and their tokens. Short sequences share a row; a length in which the stage's
+            sequences leave few gaps saves time.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Recipe:
         output_dir (`str`): gets logs, checkpoints and the trained parts.
         export_dir (`str`): gets the finished model; `None`: `output_dir`/export.
         seed (`int`): of weights and data.
-        processes (`int`): one-thread processes on a CPU, whose gradients are averaged. On a GPU: processes, one a device.
+        processes (`int`): processes whose gradients are averaged; on a CPU they have one thread each.
         vision_tokenizer (`dict`): stage 1, see [`VisionTokenizerRecipe`].
         text_vocabulary (`int`): text and control tokens (at least 272).
         model (`dict`): fields of [`Emu35TextConfig`]; the vocabulary size follows from the two vocabularies.

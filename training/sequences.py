@@ -35,7 +35,7 @@ MAX_ANSWERS = 6
 
 @dataclass
 class TokenSequence:
-    """Ids, labels and the scenes of the images, in order; visual tokens are placeholders until the images are encoded."""
+    """Ids, labels and the scenes of the images in order; visual tokens are placeholders until images are encoded."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)

@@ -47,7 +47,7 @@ def train(
     Returns:
         `Path`: the folder of the finished model.
     Raises:
-        FileNotFoundError, ValueError: if the recipe is missing or wrong, or `output_dir` holds a run of another recipe.
+        FileNotFoundError, ValueError: if the recipe is missing or wrong, or `output_dir` holds a run of another one.
     """
     recipe = load_recipe(recipe_path)
     output_dir = Path(output_dir or recipe.output_dir)

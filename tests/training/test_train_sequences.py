@@ -1,0 +1,165 @@
+"""Sequences and batches: same prompts as at inference, only answers are learnt, packing changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+from emu35.configuration_emu35 import Emu35VisionTokenizerConfig
+from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
+from emu35.training.batches import BatchSource
+from emu35.training.recipe import DataRecipe, StageRecipe, recipe_from_dict
+from emu35.training.sequences import IGNORED, KINDS, SequenceWriter, TokenSequence
+from emu35.training.shapes import IMAGE_SIZE, caption, sample_question, sample_scene, to_image
+from emu35.training.train import build_processor
+from emu35.training.train_language_model import build_model
+
+VISION = {
+    "codebook_size": 32,
+    "embed_dim": 4,
+    "latent_channels": 8,
+    "base_channels": 8,
+    "channel_multiplier": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "norm_num_groups": 1,
+}
+MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+MIXTURE = {"t2i": 0.5, "vqa": 0.2, "caption_image": 0.1, "image_answers": 0.1, "text": 0.1}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    stages = [{"name": "all", "steps": 3, "mixture": MIXTURE, "rows": 3}]
+    return recipe_from_dict({"output_dir": "-", "model": MODEL, "vision_tokenizer": {}, "stages": stages})
+
+
+@pytest.fixture(scope="module")
+def vision_tokenizer():
+    torch.manual_seed(0)
+    return Emu35VisionTokenizer(Emu35VisionTokenizerConfig(**VISION)).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(recipe, vision_tokenizer):
+    return build_processor(recipe, vision_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def writer(processor):
+    return SequenceWriter(processor.tokenizer, processor.token_layout, DataRecipe(caption_dropout=0.0), factor=8)
+
+
+def learnt(sequence):
+    return [label for label in sequence.labels if label != IGNORED]
+
+
+def test_t2i_prompt_is_the_processors(writer, processor):
+    for seed in range(20):
+        sequence = writer.draw("t2i", np.random.default_rng(seed))
+        length = len(sequence) - len(learnt(sequence))
+        text = processor.tokenizer.decode(sequence.input_ids[:length], skip_special_tokens=True)
+        content = text.split(" USER: ")[1].removesuffix(" ASSISTANT: ")
+        expected = processor(text=content, task="t2i", return_tensors=None)
+        assert sequence.input_ids[:length] == expected["input_ids"][0]
+
+
+def test_unconditional_prompt_is_the_processors(processor):
+    recipe = DataRecipe(caption_dropout=1.0)
+    writer = SequenceWriter(processor.tokenizer, processor.token_layout, recipe, factor=8)
+    sequence = writer.draw("t2i", np.random.default_rng(0))
+    expected = processor(text="a red circle", task="t2i", return_tensors=None)["negative_prompt_ids"][0]
+    assert sequence.input_ids[: len(expected)] == expected
+    assert sequence.labels[len(expected)] == processor.token_layout.boi_token_id
+
+
+def test_vqa_prompt_is_the_processors(writer, processor):
+    scene = sample_scene(np.random.default_rng(3))
+    question = sample_question(scene, np.random.default_rng(4))
+    sequence = TokenSequence()
+    writer._ask(sequence, scene, question.text, question.answer)
+    expected = processor(text=question.text, images=to_image(scene), task="vqa", return_tensors=None)["input_ids"][0]
+    assert sequence.input_ids[: len(expected)] == expected
+    layout = processor.token_layout
+    assert learnt(sequence) == [*writer.text_ids(question.answer), layout.ess_token_id, layout.eos_token_id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(writer, processor, kind):
+    layout = processor.token_layout
+    for seed in range(10):
+        sequence = writer.draw(kind, np.random.default_rng(seed))
+        again = writer.draw(kind, np.random.default_rng(seed))
+        assert sequence == again
+        assert len(sequence.labels) == len(sequence)
+        assert sequence.input_ids[0] == layout.bos_token_id and sequence.labels[0] == IGNORED
+        assert sequence.labels[-1] == layout.eos_token_id
+        num_placeholders = sequence.input_ids.count(layout.image_placeholder_token_id)
+        assert num_placeholders == len(sequence.scenes) * (IMAGE_SIZE // 8) ** 2
+        assert not any(scene.held_out for scene in sequence.scenes)
+        assert len(sequence) <= 144
+
+
+def test_number_of_objects_follows_the_recipe(processor):
+    recipe = DataRecipe(objects=[0, 0, 1])
+    writer = SequenceWriter(processor.tokenizer, processor.token_layout, recipe, factor=8)
+    rng = np.random.default_rng(0)
+    assert all(len(writer.draw("image", rng).scenes[0].objects) == 3 for _ in range(20))
+
+
+def test_batches_depend_on_seed_step_and_rank_alone(writer, vision_tokenizer, recipe):
+    stage = recipe.stages[0]
+
+    def ids(seed=0, step=0, rank=0):
+        return BatchSource(writer, vision_tokenizer, seed, rank).batch(step, stage).input_ids
+
+    source = BatchSource(writer, vision_tokenizer, 0)
+    source.batch(5, stage)
+    assert torch.equal(source.batch(0, stage).input_ids, ids())
+    for other in (ids(seed=1), ids(step=1), ids(rank=1)):
+        assert not torch.equal(other, ids())
+
+
+def test_rows_are_well_filled(writer, vision_tokenizer):
+    stage = StageRecipe("a", 1, {"t2i": 0.7, "vqa": 0.3}, rows=16, row_length=224)
+    batch = BatchSource(writer, vision_tokenizer, 0).batch(0, stage)
+    assert batch.num_tokens > 0.75 * batch.input_ids.numel()
+
+
+def test_images_become_their_codes(writer, vision_tokenizer, processor):
+    stage = StageRecipe("a", 1, {"image": 1.0}, rows=2)
+    source = BatchSource(writer, vision_tokenizer, 0)
+    batch = source.batch(0, stage)
+    layout = processor.token_layout
+    rows = source._draw_rows(np.random.default_rng((0, 2, 0, 0)), stage)
+    scene = rows[0][0].scenes[0]
+    pixels = torch.from_numpy(np.array(to_image(scene))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    codes = vision_tokenizer.encode(pixels)[0] + layout.visual_token_offset
+    assert batch.input_ids[0, 1 : len(rows[0][0]) - 1].tolist() == layout.image_token_ids(codes.tolist())
+    assert not (batch.input_ids == layout.image_placeholder_token_id).any()
+    assert not (batch.labels == layout.image_placeholder_token_id).any()
+
+
+def test_packed_rows_give_the_loss_of_single_sequences(recipe, processor, vision_tokenizer, writer):
+    model = build_model(recipe, processor, vision_tokenizer).eval()
+    model.set_attn_implementation("eager")
+    batch = BatchSource(writer, vision_tokenizer, 0).batch(0, recipe.stages[0])
+    packed = model.model(batch.input_ids, batch.attention_mask, batch.position_ids, use_cache=False).last_hidden_state
+    starts = (batch.input_ids[0] == processor.token_layout.bos_token_id).nonzero()[:, 0].tolist()
+    assert len(starts) > 1
+    for start, end in zip(starts, starts[1:], strict=False):
+        alone = model.model(batch.input_ids[:1, start:end], use_cache=False).last_hidden_state
+        torch.testing.assert_close(packed[:1, start:end], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_text_vocabulary_has_whole_words(processor):
+    rng = np.random.default_rng(0)
+    texts = [f" {caption(sample_scene(rng), rng).text}" for _ in range(100)]
+    words = sum(len(text.replace(",", " ,").split()) for text in texts)
+    assert sum(len(processor.tokenizer.encode(text)) for text in texts) < 1.05 * words
