@@ -323,18 +323,18 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
             `list[torch.LongTensor]`, each `(h, w)`.
         """
         vision_tokenizer = self._require_vision_tokenizer()
-        parameter = next(vision_tokenizer.parameters())
+        device, dtype = _execution_device(vision_tokenizer), next(vision_tokenizer.parameters()).dtype
         images = [
             image[0] if image.ndim == 4 and len(image) == 1 else image
             for image in (pixel_values.unbind(0) if isinstance(pixel_values, torch.Tensor) else pixel_values)
         ]
-        return list(vision_tokenizer.encode([image.to(parameter.device, parameter.dtype) for image in images]))
+        return list(vision_tokenizer.encode([image.to(device, dtype) for image in images]))
 
     @torch.no_grad()
     def decode_image(self, codes: Sequence[torch.LongTensor]) -> list[torch.Tensor]:
         """Pixels `(3, H, W)` (range about [-1, 1], not clamped) of grids of codes `(h, w)` of any sizes."""
         vision_tokenizer = self._require_vision_tokenizer()
-        device = next(vision_tokenizer.parameters()).device
+        device = _execution_device(vision_tokenizer)
         return list(vision_tokenizer.decode([grid.to(device) for grid in codes]))
 
     def resolve_image_tokens(self, pixel_values=None, **inputs) -> dict:
@@ -390,6 +390,14 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
                 raise ValueError(f"row {row} of `sequences` does not end in a complete image.")
             grids.append(torch.tensor(image.codes).view(image.token_height, image.token_width))
         return self.decode_image(grids)
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes. With offloading, its weights are on the meta device between two calls."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
+    return device
 
 
 __all__ = ["Emu35CausalLMOutput", "Emu35ForConditionalGeneration", "Emu35Model", "Emu35PreTrainedModel"]

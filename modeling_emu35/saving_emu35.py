@@ -100,6 +100,14 @@ class AtomicSaveMixin:
         """
         if kwargs.get("distributed_checkpoint"):  # all processes write into one folder
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        states = (getattr(parameter, "quant_state", None) for parameter in self.parameters())
+        adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if not adapter and any(getattr(state, "packing_format_for_cpu", False) for state in states):
+            # bitsandbytes 0.50 undoes the rearrangement of the codes when saving, not that of the scales.
+            raise ValueError(
+                "a 4-bit model cannot be saved after it has run on a CPU: bitsandbytes has rearranged its weights for that. "
+                "Load it again and save it first."
+            )
         target = check_output_directory(save_directory, overwrite=True, name="save_directory")
         existed = target.exists()
         if push_to_hub:

@@ -10,7 +10,7 @@ The stage is a list of phases:
 
 A language model has to predict these codes, so the same content should always get the same codes. Convolutions see the
 neighbours, too; two terms make that not matter: latents of identical cells (pixel for pixel) are pulled to their mean,
-and their codes to the code they have most often.
+and their codes to those that this mean had in the first codebook, which tells all cells apart.
 
 Everything is drawn from (seed, step, rank), so a run that was killed continues on the same loss curve.
 """
@@ -83,7 +83,7 @@ class VisionTokenizerRecipe:
     crowded: float = 0.75
     latent_noise: float = 0.05
     latent_consistency: float = 0.3
-    code_consistency: float = 0.05
+    code_consistency: float = 0.1
     codebook_samples: int = 512
     warmup_steps: int = 30
     final_learning_rate: float = 0.02
@@ -242,12 +242,13 @@ def kmeans_codebook(points: torch.Tensor, size: int, generator: torch.Generator,
     return centres
 
 
-def tell_apart(codebook: torch.Tensor, cells: torch.Tensor, size: int) -> torch.Tensor:
+def tell_apart(codebook: torch.Tensor, cells: torch.Tensor, known: torch.Tensor, size: int) -> torch.Tensor:
     """Add codes, one by one, where two cells have all their codes in common; after that, where the error is worst.
 
     Args:
         codebook (`torch.Tensor` of shape `(num_codes, dim)`): rows of unit length.
         cells (`torch.Tensor` of shape `(num_cells, codes_a_cell, dim)`): latents of unit length.
+        known (`torch.BoolTensor` of shape `(num_cells,)`): cells whose latents may become codes; others if need be.
         size (`int`): number of codes wanted.
     Returns:
         `torch.Tensor` of shape `(size, dim)`: `codebook` and the new rows, each the latent of some cell.
@@ -257,9 +258,14 @@ def tell_apart(codebook: torch.Tensor, cells: torch.Tensor, size: int) -> torch.
         similarity, words = (cells @ codebook.T).max(dim=-1)  # (num_cells, codes_a_cell)
         same = (words[:, None] == words[None]).all(-1) & ~torch.eye(len(cells), dtype=torch.bool)
         if same.any():
-            place, cell = divmod(int((apart * same).amax(dim=2).argmax()), len(cells))
+            place, pair = divmod(int((apart * same).argmax()), len(cells) ** 2)
+            # Of the two, a known one whose latent is not a code yet, and the one that its code fits worse.
+            cell = min(
+                divmod(pair, len(cells)),
+                key=lambda i: (float(similarity[i, place]) > 0.999, not known[i], float(similarity[i, place])),
+            )
         else:
-            cell, place = divmod(int(similarity.argmin()), cells.shape[1])
+            cell, place = divmod(int((similarity + 2.0 * ~known[:, None]).argmin()), cells.shape[1])
         codebook = torch.cat([codebook, cells[cell, place][None]])
     return codebook
 
@@ -274,6 +280,9 @@ class _Trainer:
         self.model = Emu35VisionTokenizer(config).to(self.device, memory_format=torch.channels_last).train()
         self.world = CellWorld()
         self.side = CELL_SIZE // config.downsampling_factor
+        # Content number -> code, set by `start_codebook`. Negative: seen in none of its images, so not a target.
+        num_contents = len(self.world.cells) * self.side**2
+        self.given_codes = torch.full((num_contents,), -100, device=self.device)
         self.optimizer: torch.optim.Optimizer | None = None
 
     def parameters(self, phase: str) -> list[nn.Parameter]:
@@ -321,9 +330,11 @@ class _Trainer:
         size = model.config.codebook_size
         generator = torch.Generator().manual_seed(self.recipe.seed)
         codebook = kmeans_codebook(cells[known].flatten(0, 1), size - size // 4, generator)
-        codebook = tell_apart(F.normalize(codebook, dim=-1), cells, size).to(self.device)
+        codebook = tell_apart(F.normalize(codebook, dim=-1), cells, known, size).to(self.device)
         broadcast_(codebook)
         model.quantize.embedding.weight.copy_(codebook)
+        self.given_codes[contents.unique()] = (means.to(self.device) @ codebook.T).argmax(-1)
+        broadcast_(self.given_codes)
         model.train()
 
     def losses(self, phase: str, step: int) -> dict[str, torch.Tensor]:
@@ -357,12 +368,8 @@ class _Trainer:
         ramp = min(1.0, within / recipe.phases[index_of_phase]["steps"] * 2) if phase == "autoencoder" else 1.0
         losses["latent_consistency"] = ramp * recipe.latent_consistency * F.mse_loss(rows, means.detach()[index])
         if phase == "ibq":
-            codebook = F.normalize(model.quantize.embedding.weight, dim=-1)
-            logits = config.logit_scale * rows @ codebook.T
-            with torch.no_grad():
-                votes, index = _mean_of_groups(logits.softmax(-1), groups)
-                elected = votes.argmax(-1)[index]
-            losses["code_consistency"] = recipe.code_consistency * F.cross_entropy(logits, elected)
+            logits = config.logit_scale * rows @ F.normalize(model.quantize.embedding.weight, dim=-1).T
+            losses["code_consistency"] = recipe.code_consistency * F.cross_entropy(logits, self.given_codes[groups])
         return losses
 
     def step(self, step: int) -> dict[str, float]:
@@ -393,6 +400,7 @@ class _Trainer:
             "step": step,
             "recipe": json.dumps(asdict(self.recipe), sort_keys=True),
             "model": self.model.state_dict(),
+            "given_codes": self.given_codes,
             "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
         }
 
@@ -402,6 +410,7 @@ class _Trainer:
                 f"{path} is of a run with another recipe. Use another output folder, or delete it to start again."
             )
         self.model.load_state_dict(state["model"])
+        self.given_codes.copy_(state["given_codes"])
         step = state["step"]
         if step < self.recipe.num_steps and self.recipe.phase_at(step)[1] > 0:
             self.make_optimizer(self.recipe.phases[self.recipe.phase_at(step)[0]]["name"])

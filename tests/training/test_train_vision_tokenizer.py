@@ -165,7 +165,7 @@ def test_kmeans_finds_separate_clusters():
 def test_tell_apart_splits_cells_with_equal_codes():
     first, second, third = torch.nn.functional.normalize(torch.tensor([[1.0, 0, 0], [1, 0.3, 0], [0, 0, 1]]), dim=-1)
     cells = torch.stack([torch.stack([first, third]), torch.stack([second, third])])  # equal at the second place
-    codebook = tell_apart(torch.stack([first, third]), cells, 3)
+    codebook = tell_apart(torch.stack([first, third]), cells, torch.tensor([True, True]), 3)
     words = (cells @ codebook.T).argmax(-1)
     assert words[0, 0] != words[1, 0] and words[0, 1] == words[1, 1]
 
