@@ -5,16 +5,10 @@
     loss    memory of the loss of 4,096 tokens over 282,926 logits each, forward and backward
     start   a first picture from a cold start, by the shipped tiny model
 
-Both sides of a ratio are measured in the same run. Memory on a CPU is the peak of resident memory of a process of its own
-above what it holds before (weights and inputs), so that whatever a library allocates is counted; on a GPU it is the
-allocator's peak.
+Both sides of a ratio are measured in the same run; see `bench_memory_emu35` for how memory is.
 """
 
-import gc
-import json
-import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,37 +17,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
-from .configuration_emu35 import Emu35Config, Emu35TextConfig
+from .bench_memory_emu35 import TINY_DECODER, bench_loss, bench_vision, build_model, timed
+from .configuration_emu35 import Emu35TextConfig
 from .modeling_emu35 import Emu35ForConditionalGeneration
-from .modeling_emu35_vision_tokenizer import Emu35VisionTokenizerConfig, Emu35VisionTokenizerQuantizer
 
 PARTS = ("image", "vision", "loss", "start")
 SIZES = ("tiny", "34b")
 
-#: The decoder of `--size tiny`: small, but with the released vocabulary, which is what the straightforward way pays for.
-TINY_DECODER = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-}
 BATCH_SIZES = (1, 4, 8, 16)
 #: Codes of the image, height x width: as many row ends a code as in a 64 x 64 image.
 GRID = (2, 32)
 GUIDANCE_SCALE = 3.0
 TOP_K = 5120  # the release's
 PROMPT_TOKENS, NEGATIVE_PROMPT_TOKENS = 64, 16
-LOSS_TOKENS = 4096
-VISION_GRID = (64, 64)
 START_PROMPT = "a small red circle above a large blue square"
 
 
@@ -127,14 +108,6 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- image tokens
 
 
-def build_model(decoder: dict[str, Any], device: str, dtype: torch.dtype, seed: int) -> Emu35ForConditionalGeneration:
-    """A model with random weights and the released token layout, made where it runs."""
-    torch.manual_seed(seed)
-    config = Emu35Config(text_config=Emu35TextConfig(**decoder), vision_tokenizer_config=None)
-    with torch.device(device):
-        return Emu35ForConditionalGeneration._from_config(config, dtype=dtype).eval()
-
-
 @torch.no_grad()
 def generate_like_the_release(
     model: Emu35ForConditionalGeneration,
@@ -147,9 +120,9 @@ def generate_like_the_release(
 ) -> list[int]:
     """The straightforward way to make one image: two passes a token, everything over the whole vocabulary.
 
-    One prompt at a time; conditional and unconditional pass one after the other with a key-value cache each; logits and
-    log-softmax over all ids for both; guidance, the mask to what is allowed, top-k and the draw over all ids, too. Row
-    ends are forced by the mask, at the price of a step like any other. The decoder is ours.
+    One prompt at a time; conditional and unconditional pass one after the other with a key-value cache each; logits
+    and log-softmax over all ids for both; guidance, the mask to what is allowed, top-k and the draw over all ids, too.
+    Row ends are forced by the mask, at the price of a step like any other. The decoder is ours.
 
     Args:
         prompt, negative_prompt (`torch.LongTensor` of shape `(length,)`).
@@ -224,7 +197,7 @@ def bench_image(size: str, quick: bool, device: str, dtype: torch.dtype, seed: i
     seconds: dict[int, list[float]] = {batch: [] for batch in (0, *batch_sizes)}
     for _ in range(repeats):
         for batch in seconds:
-            seconds[batch].append(_time(lambda batch=batch: ours(batch) if batch else reference(), device))
+            seconds[batch].append(timed(lambda batch=batch: ours(batch) if batch else reference(), device))
     reference_rate = num_codes / min(seconds.pop(0))
     bandwidth = memory_bandwidth(device)
     decoder_bytes = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
@@ -243,10 +216,8 @@ def bench_image(size: str, quick: bool, device: str, dtype: torch.dtype, seed: i
                 "share_of_bound": rate / bound,
             }
         )
-    del model
-    gc.collect()
     return {
-        "parameters_of_layers": decoder_bytes // row_bytes * decoder.get("hidden_size", Emu35TextConfig.hidden_size),
+        "parameters_of_layers": sum(p.numel() for p in model.model.layers.parameters()),
         "vocabulary": Emu35TextConfig.vocab_size,
         "grid": list(grid),
         "guidance_scale": GUIDANCE_SCALE,
@@ -264,149 +235,22 @@ def memory_bandwidth(device: str) -> float:
     """Bytes per second at which a matrix that fits into no cache is read, by a matrix-vector product."""
     matrix = torch.ones(16384 if torch.device(device).type == "cpu" else 65536, 16384, device=device)
     vector = torch.ones(16384, device=device)
-    seconds = min(_time(lambda: matrix @ vector, device) for _ in range(5))
+    seconds = min(timed(lambda: matrix @ vector, device) for _ in range(5))
     return matrix.numel() * matrix.element_size() / seconds
-
-
-def _time(function: Callable[[], Any], device: str) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    function()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: str):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _require_gpu_memory(device: str, dtype: torch.dtype):
     needed = 34.2e9 * dtype.itemsize + 4e9
     if torch.device(device).type != "cuda":
         raise ValueError(
-            f"`size`='34b' needs a GPU with {needed / 2**30:.0f} GiB of memory (bfloat16: 68 GiB), got device {device!r}. "
+            f"`size`='34b' needs a GPU with {needed / 2**30:.0f} GiB of memory in {dtype}, got the device {device!r}. "
             "Without one, `emu35 bench image` measures a small decoder with the same vocabulary."
         )
     total = torch.cuda.get_device_properties(device).total_memory
     if total < needed:
         raise ValueError(
-            f"`size`='34b' in {dtype} needs {needed / 2**30:.0f} GiB of GPU memory, and {device} has {total / 2**30:.0f}."
+            f"`size`='34b' in {dtype} needs {needed / 2**30:.0f} GiB of GPU memory, {device} has {total / 2**30:.0f}."
         )
-
-
-# ------------------------------------------------------------------------------------- memory: each in its own process
-
-
-def quantize_like_the_release(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The straightforward way: logits, softmax and one-hot of every position over the whole codebook.
-
-    Args:
-        latents (`torch.Tensor` of shape `(positions, embed_dim)`), codebook `(codebook_size, embed_dim)`.
-    Returns:
-        codes `(positions,)` and quantised latents `(positions, embed_dim)`.
-    """
-    soft = (latents @ codebook.T).softmax(dim=-1)
-    codes = soft.argmax(dim=-1)
-    hard = torch.zeros_like(soft).scatter_(1, codes[:, None], 1.0)
-    return codes, hard @ codebook
-
-
-def bench_vision(quick: bool, device: str, seed: int) -> dict[str, Any]:
-    """Quantisation (codes and quantised latents) of one image by the vision tokenizer's own code, and by the plain one."""
-    height, width = VISION_GRID if not quick else (16, 16)
-    with tempfile.TemporaryDirectory() as folder:
-        ours, plain = (
-            _in_own_process("vision", way, device, seed, height, width, str(Path(folder, f"{way}.npy")))
-            for way in ("ours", "plain")
-        )
-        codes = [np.load(Path(folder, f"{way}.npy")) for way in ("ours", "plain")]
-    config = Emu35VisionTokenizerConfig()
-    return {
-        "codes": [height, width],
-        "codebook": [config.codebook_size, config.embed_dim],
-        "seconds": ours["seconds"],
-        "plain_seconds": plain["seconds"],
-        "speedup": plain["seconds"] / ours["seconds"],
-        "extra_bytes": ours["extra_bytes"],
-        "plain_extra_bytes": plain["extra_bytes"],
-        "different_codes": int((codes[0] != codes[1]).sum()),
-    }
-
-
-@torch.no_grad()
-def measure_vision(way: str, device: str, seed: int, height: int, width: int, path: str) -> dict[str, Any]:
-    """One side of [`bench_vision`], in a process of its own; writes its codes to `path`."""
-    torch.manual_seed(seed)
-    config = Emu35VisionTokenizerConfig()
-    with torch.device(device):
-        quantizer = Emu35VisionTokenizerQuantizer(config)
-        quantizer.embedding.weight.normal_()
-        latents = torch.randn(1, config.embed_dim, height, width)
-
-    def quantize(latents: torch.Tensor) -> torch.Tensor:
-        if way == "ours":
-            codes = quantizer.encode(latents)
-            quantizer.decode(codes)
-            return codes
-        rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
-        return quantize_like_the_release(rows, quantizer.embedding.weight)[0]
-
-    quantize(latents[:, :, :1, :4])  # libraries set themselves up
-    memory = Memory(device)
-    seconds = min(_time(lambda: quantize(latents), device) for _ in range(2))
-    extra = memory.extra_bytes()
-    np.save(path, quantize(latents).flatten().cpu().numpy())
-    return {"seconds": seconds, "extra_bytes": extra}
-
-
-def bench_loss(quick: bool, device: str, seed: int) -> dict[str, Any]:
-    """Forward and backward of the loss, by the model's own code and by whole logits and cross-entropy."""
-    tokens = LOSS_TOKENS if not quick else LOSS_TOKENS // 16
-    needed = 3.2 * tokens * Emu35TextConfig.vocab_size * 4 + 2e9
-    free = _free_bytes(device)
-    result: dict[str, Any] = {"tokens": tokens, "vocabulary": Emu35TextConfig.vocab_size}
-    ours = _in_own_process("loss", "ours", device, seed, tokens)
-    result |= {"seconds": ours["seconds"], "extra_bytes": ours["extra_bytes"], "loss": ours["loss"]}
-    if free is not None and free < needed:
-        return result | {
-            "skipped": f"the plain way needs {needed / 2**30:.1f} GiB of free memory, and there are {free / 2**30:.1f}"
-        }
-    plain = _in_own_process("loss", "plain", device, seed, tokens)
-    return result | {
-        "plain_seconds": plain["seconds"],
-        "plain_extra_bytes": plain["extra_bytes"],
-        "plain_loss": plain["loss"],
-        "memory_ratio": ours["extra_bytes"] / plain["extra_bytes"],
-    }
-
-
-def measure_loss(way: str, device: str, seed: int, tokens: int) -> dict[str, Any]:
-    """One side of [`bench_loss`], in a process of its own."""
-    model = build_model({**TINY_DECODER, "num_hidden_layers": 1}, device, torch.float32, seed).train()
-    layout = model.config.token_layout
-    hidden = torch.randn(1, tokens, TINY_DECODER["hidden_size"], device=device, requires_grad=True)
-    labels = torch.randint(0, layout.visual_token_end, (1, tokens), device=device)
-
-    def loss_of(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if way == "ours":
-            return model.compute_loss(hidden, labels)
-        targets = labels[0, 1:]
-        losses = F.cross_entropy(model.lm_head(hidden[0, :-1]).float(), targets, reduction="none")
-        weights = torch.where(targets < layout.visual_token_offset, 1.0, model.config.visual_loss_weight)
-        return (losses * weights).sum() / weights.sum()
-
-    loss_of(hidden[:, :4], labels[:, :4])  # libraries set themselves up
-    memory = Memory(device)
-    values = []
-
-    def step():
-        loss = loss_of(hidden, labels)
-        loss.backward()
-        values.append(float(loss))
-
-    seconds = _time(step, device)
-    return {"seconds": seconds, "extra_bytes": memory.extra_bytes(), "loss": values[0]}
 
 
 def bench_start() -> dict[str, Any]:
@@ -423,58 +267,6 @@ def bench_start() -> dict[str, Any]:
     return {"seconds": seconds, "prompt": START_PROMPT}
 
 
-class Memory:
-    """Peak memory since it was made, beyond what was in use then."""
-
-    def __init__(self, device: str):
-        self.device = torch.device(device)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        else:
-            self.before = _status_bytes("VmRSS") or _peak_bytes()
-
-    def extra_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        return _peak_bytes() - self.before
-
-
-def _peak_bytes() -> int:
-    # Not `ru_maxrss` where it can be avoided: on Linux a process inherits its parent's.
-    peak = _status_bytes("VmHWM")
-    if peak is None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak
-
-
-def _status_bytes(name: str) -> int | None:
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _free_bytes(device: str) -> int | None:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-_MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {"vision": measure_vision, "loss": measure_loss}
-
-
-def _in_own_process(*measurement: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "emu35.bench_emu35", json.dumps(measurement)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if run.returncode:
-        raise RuntimeError(f"the measurement {measurement} failed with status {run.returncode}:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 # ------------------------------------------------------------------------------------------------------------- report
 
 
@@ -483,7 +275,9 @@ def _targets(results: dict[str, Any]) -> list[dict[str, Any]]:
     by_batch = {row["batch_size"]: row["speedup"] for row in results.get("image", {}).get("batches", [])}
     for batch, least in ((1, 3), (8, 10)):
         if batch in by_batch:
-            rows.append((f"image: speed-up at batch {batch}", f">= {least}", by_batch[batch], by_batch[batch] >= least))
+            rows.append(
+                (f"image: speed-up at batch {batch}", f">= {least}", by_batch[batch], by_batch[batch] >= least)
+            )
     if "vision" in results:
         vision = results["vision"]
         gib = vision["extra_bytes"] / 2**30
@@ -504,7 +298,9 @@ def _targets(results: dict[str, Any]) -> list[dict[str, Any]]:
 def format_results(results: dict[str, Any]) -> str:
     """The results as plain-text tables."""
     where = results["environment"]
-    lines = [f"{where['name']}, {where['device']}, {where['threads']} threads, {where['dtype']}, torch {where['torch']}"]
+    lines = [
+        f"{where['name']}, {where['device']}, {where['threads']} threads, {where['dtype']}, torch {where['torch']}"
+    ]
     if "image" in results:
         image = results["image"]
         rows = [["straightforward", f"{image['reference_tokens_per_second']:.1f}", "1.0", "", ""]]
@@ -561,8 +357,3 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
         )
         for line in lines
     ]
-
-
-if __name__ == "__main__":
-    _part, *_arguments = json.loads(sys.argv[1])
-    sys.stdout.write(json.dumps(_MEASUREMENTS[_part](*_arguments)) + "\n")

@@ -215,11 +215,13 @@ class StrictCheckpointMixin(AtomicSaveMixin):
             return  # quantised tensors have other names and shapes
         found = SafetensorsFolder(directory).shapes
         expected = expected_tensors(cls, config)
-        # A part, such as the decoder, loads from a checkpoint of its own and from one of the whole.
+        # A part, such as the decoder, loads from a checkpoint of the whole, where its tensors have a prefix.
         prefix = f"{cls.base_model_prefix}."
-        if not any(name.startswith(prefix) for name in expected):
-            part = {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
-            found = part or found
+        part = {name: shape for name, shape in found.items() if name.startswith(prefix)}
+        if part and not any(name.startswith(prefix) for name in expected):
+            expected, found = {prefix + name: shape for name, shape in expected.items()}, part
+        elif not part:  # and the whole from a part, if nothing else is needed
+            found = {prefix + name if prefix + name in expected else name: shape for name, shape in found.items()}
         if ignore_mismatched_sizes:
             found = {name: expected.get(name, shape) for name, shape in found.items()}
         require_tensors(expected, found, directory)
@@ -253,7 +255,7 @@ class ReleasedCheckpointMixin(StrictCheckpointMixin):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        if kwargs.get("generation_config") is None and model.name_or_path:
+        if pretrained_model_name_or_path is not None and kwargs.get("generation_config") is None:
             location = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
             config_dict, _ = PreTrainedConfig.get_config_dict(model.name_or_path, **location)
             if is_released_config(config_dict):

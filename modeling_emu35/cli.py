@@ -6,11 +6,12 @@ themselves. So this module imports nothing of ours at the top (and is started by
 
 import argparse
 import json
+import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.arguments = rest
     elif rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("emu35").setLevel(logging.INFO)
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -82,6 +85,7 @@ def _build_parser() -> argparse.ArgumentParser:
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example:\n  {example}\n\n{EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
             **kwargs,
         )
         command.set_defaults(run=run, parser=command)
@@ -113,7 +117,11 @@ def _add_generate(add):
     command.add_argument("prompt", help="what the image shows, or what to do with the reference images")
     command.add_argument("-o", "--output", default="out.png", metavar="FILE", help="image file (default: out.png)")
     command.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="reference image; repeat it for several (task x2i)"
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="reference image; repeat it for several (task x2i)",
     )
     command.add_argument("--task", choices=("t2i", "x2i"), help="default: x2i with reference images, else t2i")
     command.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
@@ -126,7 +134,11 @@ def _add_generate(add):
     command.add_argument("--image-top-p", type=float, metavar="P")
     command.add_argument("--image-temperature", type=float, metavar="T")
     command.add_argument(
-        "--num-images", type=_positive, default=1, metavar="N", help="as FILE-1, FILE-2, ...; image i has the seed + i - 1"
+        "--num-images",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="as FILE-1, FILE-2, ...; image i has the seed + i - 1",
     )
     command.add_argument("--grid", action="store_true", help="put several images side by side into one file")
     _add_model_options(command)
@@ -156,6 +168,10 @@ def _add_train(add):
         "emu35 train training/recipes/tiny.yaml",
     )
     command.add_argument("recipe", help="YAML file; those of this project are in training/recipes/")
+    command.add_argument("--output", metavar="DIR", help="logs and checkpoints, instead of where the recipe says")
+    command.add_argument("--export", metavar="DIR", help="the finished model, instead of where the recipe says")
+    command.add_argument("--restart", action="store_true", help="start from nothing, whatever the output folder holds")
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda, auto")
 
 
 def _add_eval(add):
@@ -165,10 +181,23 @@ def _add_eval(add):
         "measure a model on scenes that training never showed",
         "emu35 eval --task t2i --num 500 --seed 0 --output results.json",
     )
-    command.add_argument("--task", choices=("t2i", "vqa", "reconstruction"), default="t2i", help="default: %(default)s")
-    command.add_argument("--num", type=_positive, default=500, metavar="N", help="scenes (default: %(default)s)")
+    command.add_argument(
+        "--task", choices=("t2i", "vqa", "reconstruction"), default="t2i", help="default: %(default)s"
+    )
+    command.add_argument("--num", type=_positive, default=600, metavar="N", help="scenes (default: %(default)s)")
+    command.add_argument(
+        "--num-held-out",
+        type=_positive,
+        metavar="N",
+        help="scenes with unseen pairs of colour and shape (default: N/4)",
+    )
+    command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: %(default)s")
     command.add_argument("--guidance-scale", type=float, metavar="X", help="default: the checkpoint's")
     command.add_argument("--image-top-k", type=int, metavar="K", help="default: the checkpoint's")
+    command.add_argument(
+        "--sweep", type=_sweep, metavar="NAME=V,V,...", help="t2i at several values, like guidance_scale=1,1.5,2,3"
+    )
+    command.add_argument("--plot", metavar="FILE", help="draw what --sweep measures (needs matplotlib)")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
     _add_model_options(command)
 
@@ -190,8 +219,11 @@ def _add_bench(add):
 
 def _add_model_options(command: argparse.ArgumentParser):
     group = command.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH", help="checkpoint, ours or the release's (default: the tiny one shipped)")
+    group.add_argument(
+        "--model", metavar="PATH", help="checkpoint, ours or the release's (default: the tiny one shipped)"
+    )
     group.add_argument("--vision-tokenizer", metavar="DIR", help="for a checkpoint that has none (the release's)")
+    group.add_argument("--tokenizer", metavar="DIR", help="likewise: the release's, or a Qwen2 or Qwen3 one")
     group.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the weights (needs bitsandbytes)")
     _add_device(group)
     _add_seed(group)
@@ -204,7 +236,10 @@ def _add_device(group):
 
 def _add_seed(group):
     group.add_argument(
-        "--seed", type=_seed, default=0, help='default 0: the same command, the same result. "random": a new one each time'
+        "--seed",
+        type=_seed,
+        default=0,
+        help='default 0: the same command, the same result. "random": a new one each time',
     )
 
 
@@ -212,6 +247,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _sweep(text: str) -> tuple[str, list[float | int]]:
+    name, _, values = text.partition("=")
+    try:
+        return name.replace("-", "_"), [float(value) if "." in value else int(value) for value in values.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be like guidance_scale=1,1.5,2, got {text!r}") from error
 
 
 def _seed(text: str) -> int:
@@ -228,10 +271,12 @@ def _seed(text: str) -> int:
 def _generate(args: argparse.Namespace):
     output = _image_path(args.output)
     task = args.task or ("x2i" if args.image else "t2i")
+    import torch
+    from emu35.cli_tools_emu35 import progress, side_by_side
+
     imported = time.perf_counter()
     model, processor = _load(args)
     loaded = time.perf_counter()
-    import torch
 
     images = args.image or None
     inputs = processor(text=args.prompt, images=images, task=task)
@@ -239,25 +284,15 @@ def _generate(args: argparse.Namespace):
         negative = processor(text=args.negative_prompt, images=images, task=task)
         inputs["negative_prompt_ids"] = negative["input_ids"]
         inputs["negative_prompt_attention_mask"] = negative["attention_mask"]
-    settings = {
-        name: getattr(args, name)
-        for name in (
-            "height",
-            "width",
-            "aspect_ratio",
-            "guidance_scale",
-            "image_guidance_scale",
-            "image_top_k",
-            "image_top_p",
-            "image_temperature",
-        )
-        if getattr(args, name) is not None
-    }
-    if args.aspect_ratio is not None:
-        settings = {"height": None, "width": None, **settings}  # instead of the checkpoint's size
+    settings = _settings(
+        args, "guidance_scale", "image_guidance_scale", "image_top_k", "image_top_p", "image_temperature"
+    )
+    sizes = _settings(args, "height", "width", "aspect_ratio")
+    if sizes:  # instead of the checkpoint's, in whatever way that is given
+        settings |= {"height": None, "width": None, "aspect_ratio": None, **sizes}
     # One generator an image, so that none depends on how many are made.
     generators = [torch.Generator().manual_seed(args.seed + index) for index in range(args.num_images)]
-    with _progress(model, args.num_images) as streamer:
+    with progress(model, "image", args.num_images) as streamer:
         result = model.generate(
             **inputs.to(model.device),
             task=task,
@@ -272,10 +307,12 @@ def _generate(args: argparse.Namespace):
         made = [segment for segment in segments if segment.kind == "image"]
         if not made or not made[-1].complete or made[-1].image is None:
             reason = made[-1].reason if made else "the answer holds none"
-            raise ValueError(f"no complete image was made ({reason}). Is `max_new_tokens` of the checkpoint too small?")
+            raise ValueError(
+                f"no complete image was made ({reason}). Is `max_new_tokens` of the checkpoint too small?"
+            )
         pictures.append(made[-1].image)
     if args.grid and len(pictures) > 1:
-        pictures = [_side_by_side(pictures)]
+        pictures = [side_by_side(pictures)]
     paths = [output]
     if len(pictures) > 1:
         paths = [output.with_name(f"{output.stem}-{index}{output.suffix}") for index in range(1, len(pictures) + 1)]
@@ -290,14 +327,15 @@ def _generate(args: argparse.Namespace):
 
 
 def _describe(args: argparse.Namespace):
-    model, processor = _load(args)
     import torch
+    from emu35.cli_tools_emu35 import progress
 
+    model, processor = _load(args)
     inputs = processor(text=args.question, images=[args.image], task="vqa")
     settings: dict[str, Any] = {"do_sample": False}
     if args.temperature is not None:
         settings = {"do_sample": True, "temperature": args.temperature}
-    with _progress(model, 1, "answer") as streamer:
+    with progress(model, "answer") as streamer:
         result = model.generate(
             **inputs.to(model.device),
             task="vqa",
@@ -312,30 +350,62 @@ def _describe(args: argparse.Namespace):
 
 
 def _convert(args: argparse.Namespace):
-    from emu35.convert_emu35_to_hf import add_arguments, convert
+    from emu35.convert_emu35_to_hf import add_arguments
+    from emu35.convert_emu35_to_hf import main as convert
 
-    raise NotImplementedError((add_arguments, convert))
+    parser = _Parser(
+        prog=args.parser.prog,
+        description=args.parser.description,
+        epilog=args.parser.epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    # Being asked to end is an interrupt like Ctrl-C, so that an unfinished folder is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    convert(parser.parse_args(args.arguments))
 
 
 def _train(args: argparse.Namespace):
+    from emu35.cli_tools_emu35 import find_device
     from emu35.training.train import train
 
-    train(args.recipe)
+    device = find_device(args.device)
+    folder = train(args.recipe, args.output, args.export, resume=not args.restart, device=device)
+    print(f"{folder}: the finished model")
 
 
 def _eval(args: argparse.Namespace):
-    from emu35.training.evaluate import evaluate
+    output = None if args.output is None else _file_path(args.output)
+    plot = None if args.plot is None else _image_path(args.plot, "--plot")
+    if plot is not None and args.sweep is None:
+        raise ValueError("--plot draws what --sweep measures. Give both.")
+    about_images = _settings(args, "guidance_scale", "image_top_k", "sweep")
+    if about_images and args.task != "t2i":
+        raise ValueError(f"--{next(iter(about_images)).replace('_', '-')} is about making images: use --task t2i.")
+    settings = _settings(args, "guidance_scale", "image_top_k")
+    model, processor = _load(args)
+    from emu35.training.evaluate import evaluate, sweep
 
-    raise NotImplementedError(evaluate)
+    if args.sweep is None:
+        options = {"num_held_out": args.num_held_out, "batch_size": args.batch_size, "processor": processor}
+        result = evaluate(model, args.task, args.num, args.seed, **options, **settings)
+    else:
+        setting, values = args.sweep
+        options = {"image_path": plot, "batch_size": args.batch_size}
+        result = sweep(model, processor, setting, values, args.num, args.seed, **options, **settings)
+    if output is None:
+        print(json.dumps(result, indent=2))
+    else:
+        _write_json(output, result)
 
 
 def _bench(args: argparse.Namespace):
     output = None if args.output is None else _file_path(args.output)
-    import torch
     from emu35.bench_emu35 import format_results, run_benchmark
+    from emu35.cli_tools_emu35 import find_device, find_dtype
 
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    device = _device(args.device)
+    device, dtype = find_device(args.device), find_dtype(args.dtype)
     results = run_benchmark(args.parts, args.size, args.quick, device, dtype, args.seed)
     print(format_results(results))
     if output is not None:
@@ -345,145 +415,44 @@ def _bench(args: argparse.Namespace):
 # --------------------------------------------------------------------------------------------------------- their parts
 
 
+def _settings(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given, by name."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def _load(args: argparse.Namespace):
     """The model, ready to generate, and its processor."""
-    import emu35
-    import torch
-    from transformers.utils import logging
+    from emu35.cli_tools_emu35 import load
+    from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    path = emu35.TINY if args.model is None else args.model
-    if args.model is None and not Path(path, "config.json").is_file():
-        raise FileNotFoundError(
-            f"the tiny checkpoint is not in this installation ({path}). Train it with `emu35 train "
-            "training/recipes/tiny.yaml`, or name another one with --model."
-        )
-    options: dict[str, Any] = {"dtype": "auto" if args.dtype == "auto" else getattr(torch, args.dtype)}
-    device = _device(args.device)
-    options["device_map"] = "auto" if args.device == "auto" and device.startswith("cuda") else device
-    if args.vision_tokenizer is not None:
-        options["vision_tokenizer"] = args.vision_tokenizer
-    if args.load_in is not None:
-        options["quantization_config"] = _quantization(args.load_in)
-    model = emu35.Emu35ForConditionalGeneration.from_pretrained(path, **options).eval()
-    return model, _load_processor(path)
-
-
-def _load_processor(path: str):
-    import emu35
-    from emu35.tokenization_emu35 import TIKTOKEN_FILE, tokenizer_from_tiktoken
-
-    if Path(path, TIKTOKEN_FILE).is_file() and not Path(path, "tokenizer.json").is_file():  # the release's own folder
-        return emu35.Emu35Processor(emu35.Emu35ImageProcessor(), tokenizer_from_tiktoken(path))
-    return emu35.Emu35Processor.from_pretrained(path)
-
-
-def _quantization(load_in: str):
-    from importlib.util import find_spec
-
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(f"--load-in {load_in} needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: no such kind of device. Use auto, cpu, cuda, cuda:1 or mps.") from error
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        raise ValueError(f"--device {name}: there is none on this machine, as far as torch can see. Use auto or cpu.")
-    return name
-
-
-@contextmanager
-def _progress(model, num_answers: int, what: str = "image"):
-    """A progress bar over tokens on a terminal's stderr; yields the streamer that feeds it.
-
-    transformers' streamers see one answer only; a batch feeds the bar by its passes through the decoder instead.
-    """
-    from emu35.image_tokens_emu35 import parse_size
-    from tqdm import tqdm
-    from transformers.generation.streamers import BaseStreamer
-
-    layout = model.config.token_layout
-
-    class Progress(BaseStreamer):
-        def __init__(self, bar):
-            self.bar, self.size_ids = bar, None
-
-        def put(self, value):
-            if value.ndim > 1:
-                return  # the prompt
-            token_id = int(value)
-            if token_id == layout.boi_token_id:
-                self.size_ids = []
-            elif token_id == layout.img_token_id and self.size_ids is not None:
-                height, width = parse_size(self.size_ids, layout) or (0, 0)
-                self.bar.total = self.bar.n + 1 + height * (width + 1)
-                self.size_ids = None
-            elif self.size_ids is not None:
-                self.size_ids.append(token_id)
-            self.bar.update()
-
-        def end(self):
-            pass
-
-    with tqdm(desc=what, unit=" tokens", disable=None, leave=False) as bar:
-        if num_answers == 1:
-            yield Progress(bar)
-            return
-        hook = model.model.register_forward_hook(lambda *_: bar.update(num_answers))
-        try:
-            yield None
-        finally:
-            hook.remove()
-
-
-def _side_by_side(pictures: list):
-    from PIL import Image
-
-    columns = next(n for n in range(1, len(pictures) + 1) if n * n >= len(pictures))
-    rows = -(-len(pictures) // columns)
-    width, height = (max(getattr(picture, side) for picture in pictures) for side in ("width", "height"))
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * width, index // columns * height))
-    return sheet
+        transformers_logging.disable_progress_bar()
+    return load(args.model, args.device, args.dtype, args.load_in, args.vision_tokenizer, args.tokenizer)
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _file_path(name: str) -> Path:
+def _file_path(name: str, option: str = "--output") -> Path:
     """Where a file will be written, checked before the work that makes it."""
     path = Path(name)
     if path.is_dir():
-        raise IsADirectoryError(f"--output {name} is a folder. Name a file in it.")
+        raise IsADirectoryError(f"{option} {name} is a folder. Name a file in it.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output {name}: there is no folder {path.parent}. Make it first.")
+        raise FileNotFoundError(f"{option} {name}: there is no folder {path.parent}. Make it first.")
     return path
 
 
-def _image_path(name: str) -> Path:
+def _image_path(name: str, option: str = "--output") -> Path:
     from PIL import Image
 
-    path = _file_path(name)
+    path = _file_path(name, option)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
-        raise ValueError(f"--output {name}: {path.suffix or 'no ending'} is no kind of image. Use .png, .jpg or .webp.")
+        raise ValueError(
+            f"{option} {name}: {path.suffix or 'no ending'} is no kind of image. Use .png, .jpg or .webp."
+        )
     return path
 
 

@@ -270,22 +270,26 @@ def _from_release(released: dict[str, Any]) -> dict[str, Any]:
     names = {f"{role}_token_id" for role in SPECIAL_TOKENS}
     ids = {key: value for key, value in released.items() if key in names}
     text = {key: value for key, value in released.items() if key in Emu35TextConfig.default_config_fields()}
-    for key in ("rope_theta", "rope_scaling", "torch_dtype"):
+    for key in ("rope_theta", "rope_scaling", "rope_parameters", "torch_dtype"):
         if released.get(key) is not None:
             text[key] = released[key]
     for key in ("model_type", "architectures", "transformers_version"):
         text.pop(key, None)
-    layout = dict(ids)
-    vocab_size = released.get("vocab_size", Emu35TextConfig.vocab_size)
-    if vocab_size != Emu35TextConfig.vocab_size:
-        layout = {name: None for name in names} | ids
-        layout |= {"visual_token_offset": vocab_size, "num_visual_tokens": 0}
-        layout |= {"digit_token_ids": [], "size_separator_token_id": None}
+    layout = _layout_for(released.get("vocab_size")) | ids
     config = {"text_config": text, "token_layout": layout, "vision_tokenizer_config": None}
     for key in ("torch_dtype", "dtype"):
         if released.get(key) is not None:
             config["dtype"] = released[key]
     return config
+
+
+def _layout_for(vocab_size: int | None) -> dict[str, Any]:
+    """What is known of a layout from the size of the vocabulary: all of the released one, nothing of any other."""
+    if vocab_size is None or vocab_size == Emu35TextConfig.vocab_size:
+        return {}
+    unknown = dict.fromkeys(f"{role}_token_id" for role in SPECIAL_TOKENS)
+    visual = {"visual_token_offset": vocab_size, "num_visual_tokens": 0}
+    return unknown | visual | {"digit_token_ids": [], "size_separator_token_id": None}
 
 
 @strict
@@ -328,7 +332,8 @@ class Emu35Config(PreTrainedConfig):
         if is_released_config(config_dict):
             config_dict = _from_release(config_dict)
         elif config_dict.get("model_type") == Emu35TextConfig.model_type:  # what a bare Emu35Model saves
-            config_dict = {"text_config": config_dict, "vision_tokenizer_config": None}
+            layout = _layout_for(config_dict.get("vocab_size"))
+            config_dict = {"text_config": config_dict, "token_layout": layout, "vision_tokenizer_config": None}
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod

@@ -332,6 +332,8 @@ def _plan_shards(tensors: dict[str, _Tensor], max_shard_size: int | str) -> dict
     """File names, and the names of the tensors in each."""
     meta = {name: tensor.meta() for name, tensor in tensors.items()}
     try:
+        if not isinstance(max_shard_size, str) and max_shard_size < 1:
+            raise ValueError("it is not positive")
         return split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size).filename_to_tensors
     except (ValueError, TypeError) as error:
         raise ValueError(

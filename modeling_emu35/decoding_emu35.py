@@ -1,15 +1,17 @@
 """Token streams with a cache, and the image decoders that run on them.
 
-An *image decoder* turns cached prefixes, a grid and guidance into codes; `IMAGE_DECODERS` is the seam where decoders plug in.
+An *image decoder* turns cached prefixes, a grid and guidance into codes; `IMAGE_DECODERS` is the seam where decoders
+plug in.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .sampling_emu35 import Generators, Sampler, guide
+from .sampling_emu35 import Generators, Sampler, check_scores, guide, is_damaged
 
 
 class TokenStream:
@@ -27,10 +29,10 @@ class TokenStream:
         self.model = model
         self.pending = [(ids, mask)]
         self.cache: DynamicCache | None = None
-        self.cached_mask = mask[:, :0]
         self.num_passes = 0
-        # Known without asking the device at every step.
+        # What depends on the masks is kept up to date, so that no step has to ask the device for it.
         self.has_holes = not bool(mask.all())
+        self._set_cached_mask(mask[:, :0])
 
     @classmethod
     def empty(cls, model, rows: int, device) -> "TokenStream":
@@ -40,6 +42,14 @@ class TokenStream:
     def num_cached(self) -> int:
         """Columns in the cache."""
         return self.cached_mask.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.cached_mask)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cached_mask.device
 
     def append(self, ids: torch.LongTensor, mask: torch.BoolTensor | None = None):
         """Adds `(rows, n)` ids; `mask` is `False` where a row gets nothing."""
@@ -51,60 +61,75 @@ class TokenStream:
 
     def append_lists(self, rows: Sequence[Sequence[int]]):
         """Adds different numbers of ids to the rows."""
-        self.append(*pad_left(rows, self.cached_mask.device))
+        self.append(*pad_left(rows, self.device))
 
     def advance(self) -> torch.Tensor:
         """Computes everything pending in one pass.
 
         Returns:
-            `torch.Tensor` of shape `(rows, hidden_size)`: final hidden state at the last column. Meaningless for rows whose
-            last column is masked.
+            `torch.Tensor` of shape `(rows, hidden_size)`: final hidden state at the last column. Meaningless for rows
+            whose last column is masked.
         """
-        ids = torch.cat([ids for ids, _ in self.pending], dim=1)
-        new_mask = torch.cat([mask for _, mask in self.pending], dim=1)
+        ids, new_mask = self._pending()
         mask = torch.cat([self.cached_mask, new_mask], dim=1)
-        # Masked columns share the position of the next real token; nothing attends to them.
-        positions = (mask.cumsum(-1) - mask.long())[:, self.cached_mask.shape[1] :]
+        counts = self.lengths[:, None] + new_mask.cumsum(-1)
         if self.cache is None:
             self.cache = DynamicCache(config=self.model.model.config)
         hidden_states = self.model.model(
             input_ids=ids,
-            # Without holes the plain causal mask is both right and faster.
-            attention_mask=mask.long() if self.has_holes else None,
-            position_ids=positions,
+            attention_mask=self._attention_mask(mask, columns=ids.shape[1]),
+            # Masked columns share the position of the next real token; nothing attends to them.
+            position_ids=counts - new_mask.long(),
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        self.pending, self.cached_mask = [], mask
+        self.pending, self.cached_mask, self.lengths = [], mask, counts[:, -1]
         self.num_passes += 1
         return hidden_states
+
+    def _attention_mask(self, mask: torch.BoolTensor, columns: int) -> torch.Tensor | None:
+        if not self.has_holes:
+            return None  # the plain causal mask, which is faster
+        if columns == 1 and self.model.model.config._attn_implementation == "sdpa":
+            # What transformers would make of the line below at every step, asking the device whether it is needed.
+            return mask[:, None, None]
+        return mask.long()
+
+    def _pending(self) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        if not self.pending:
+            return self.cached_mask.new_zeros(self.num_rows, 0, dtype=torch.long), self.cached_mask[:, :0]
+        if len(self.pending) == 1:
+            return self.pending[0]
+        return torch.cat([ids for ids, _ in self.pending], dim=1), torch.cat([mask for _, mask in self.pending], dim=1)
+
+    def _set_cached_mask(self, mask: torch.BoolTensor):
+        self.cached_mask = mask
+        self.lengths = mask.sum(-1)
+        self.has_holes |= not bool(mask.all())
 
     @classmethod
     def stack(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
         """One stream with the rows of all; caches and pending tokens are padded on the left to a common length."""
-        pending = [_join(stream.pending, stream.cached_mask) for stream in streams]
+        pending = [stream._pending() for stream in streams]
         length = max(ids.shape[1] for ids, _ in pending)
         ids = torch.cat([_pad_columns(ids, length) for ids, _ in pending])
         mask = torch.cat([_pad_columns(mask, length) for _, mask in pending])
         stacked = cls(streams[0].model, ids, mask)
-        cached = max(stream.cached_mask.shape[1] for stream in streams)
-        stacked.cached_mask = torch.cat([_pad_columns(stream.cached_mask, cached) for stream in streams])
-        stacked.has_holes |= not bool(stacked.cached_mask.all())
+        cached = max(stream.num_cached for stream in streams)
+        stacked._set_cached_mask(torch.cat([_pad_columns(stream.cached_mask, cached) for stream in streams]))
         if cached:
             stacked.cache = _stack_caches(stacked.model.model.config, streams, cached)
         return stacked
 
     def rows(self, indices: Sequence[int]) -> "TokenStream":
         """A stream of these rows alone, without the columns that none of them uses."""
-        index = torch.tensor(indices, device=self.cached_mask.device)
-        ids, mask = _join(self.pending, self.cached_mask)
-        ids, mask = ids[index], mask[index]
+        index = torch.tensor(indices, device=self.device)
+        ids, mask = (tensor[index] for tensor in self._pending())
         used = mask.any(0)
         picked = TokenStream(self.model, ids[:, used], mask[:, used])
         cached_mask = self.cached_mask[index]
         used = cached_mask.any(0)
-        picked.cached_mask = cached_mask[:, used]
-        picked.has_holes |= not bool(picked.cached_mask.all())
+        picked._set_cached_mask(cached_mask[:, used])
         if self.cache is not None:
             picked.cache = DynamicCache(config=self.model.model.config)
             for number, layer in enumerate(self.cache.layers):
@@ -122,10 +147,17 @@ def pad_left(rows: Sequence[Sequence[int]], device) -> tuple[torch.LongTensor, t
     return ids.view(len(rows), length), torch.arange(length, device=device) >= length - lengths[:, None]
 
 
-def _join(pending, cached_mask) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    if not pending:
-        return cached_mask.new_zeros(len(cached_mask), 0, dtype=torch.long), cached_mask[:, :0]
-    return torch.cat([ids for ids, _ in pending], dim=1), torch.cat([mask for _, mask in pending], dim=1)
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes.  Offloaded weights are on the meta device between two calls."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return torch.device("cpu")
 
 
 def _pad_columns(tensor: torch.Tensor, length: int) -> torch.Tensor:
@@ -138,8 +170,9 @@ def _stack_caches(config, streams: Sequence[TokenStream], length: int) -> Dynami
     for number, example in enumerate(filled.layers):
         parts = []
         for stream in streams:
-            rows, cached = stream.cached_mask.shape
-            empty = example.keys.new_zeros(rows, example.keys.shape[1], length - cached, example.keys.shape[3])
+            empty = example.keys.new_zeros(
+                stream.num_rows, example.keys.shape[1], length - stream.num_cached, example.keys.shape[3]
+            )
             own = (empty[:, :, :0],) * 2
             if stream.cache is not None:
                 own = (stream.cache.layers[number].keys, stream.cache.layers[number].values)
@@ -154,8 +187,8 @@ class ImageRequest:
 
     Args:
         token_height, token_width (`int`): the grid.
-        given (`list[list[int]]`): codes each row already has (row after row). The first `num_cached` of them are in the stream.
-        num_cached (`int`): how many codes every row's stream already holds.
+        given (`list[list[int]]`): codes each row already has, row after row.
+        num_cached (`int`): how many of them every row's stream already holds.
         sampler (`Sampler`), guidance_scale, image_guidance_scale: how a visual token is chosen.
         generator: one for the batch or one a row.
         max_codes (`int`, *optional*): stop after that many codes of the grid.
@@ -173,6 +206,12 @@ class ImageRequest:
     max_codes: int | None = None
     on_codes: Callable[[torch.LongTensor], None] | None = field(default=None, repr=False)
 
+    def generators_at(self, index: int) -> Generators:
+        """Generators for the draw of code `index`: none for rows that have this code, in whatever batch."""
+        if not isinstance(self.generator, Sequence):
+            return self.generator
+        return [None if index < len(codes) else one for codes, one in zip(self.given, self.generator, strict=True)]
+
 
 @torch.no_grad()
 def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.LongTensor:
@@ -180,25 +219,26 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
 
     Args:
         stream (`TokenStream`):
-            rows of the conditional stream, then those of the unconditional ones. Holds (or has pending) everything up to
-            IMG and the first `num_cached` codes. Afterwards the last code is pending, without what closes the image.
+            rows of the conditional stream, then those of the unconditional ones. Holds (or has pending) everything up
+            to IMG and the first `num_cached` codes. Afterwards the last code is pending, but no EOI.
     Returns:
         `torch.LongTensor` of shape `(batch, codes)`: all codes of the grid, given ones included.
     """
     model, layout = stream.model, stream.model.config.token_layout
-    batch = len(request.given)
-    num_streams = len(stream.cached_mask) // batch
+    batch, device = len(request.given), stream.device
+    num_streams = stream.num_rows // batch
     total = request.token_height * request.token_width
     stop = total if request.max_codes is None else min(total, request.max_codes)
-    device = stream.cached_mask.device
     first = request.num_cached
     given, is_given = _pad_right([codes[first:] for codes in request.given], device)
     columns = [torch.tensor([codes[:first] for codes in request.given], dtype=torch.long, device=device)]
-    end_of_line = torch.full((batch * num_streams, 1), layout.eol_token_id, dtype=torch.long, device=device)
+    end_of_line = torch.full((stream.num_rows, 1), layout.eol_token_id, dtype=torch.long, device=device)
+    damaged = torch.zeros(batch, dtype=torch.bool, device=device)
     for index in range(first, stop):
         logits = model.compute_logits(stream.advance(), vocabulary="visual").chunk(num_streams)
-        codes = request.sampler(guide(logits, request.guidance_scale, request.image_guidance_scale), request.generator)
-        codes = codes.to(device)
+        scores = guide(logits, request.guidance_scale, request.image_guidance_scale).to(device)
+        codes = request.sampler(scores, request.generators_at(index))
+        damaged |= is_damaged(scores)
         if index - first < given.shape[1]:
             codes = torch.where(is_given[:, index - first], given[:, index - first], codes)
         columns.append(codes[:, None])
@@ -207,6 +247,7 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
             stream.append(end_of_line)
         if request.on_codes is not None:
             request.on_codes(codes)
+    check_scores(damaged)  # once: asking at every step would keep the device waiting
     return torch.cat(columns, dim=1)
 
 

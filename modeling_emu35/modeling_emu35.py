@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 
 from .checkpoint_emu35 import ReleasedCheckpointMixin, StrictCheckpointMixin
 from .configuration_emu35 import Emu35Config, Emu35TextConfig
+from .decoding_emu35 import execution_device
 from .generation_configuration_emu35 import Emu35GenerationConfig
 from .generation_emu35 import Emu35GenerationMixin
 from .image_tokens_emu35 import last_image
@@ -154,9 +155,10 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
         super().__init__(config)
         self.model = Emu35Model(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.vision_tokenizer = (
-            None if config.vision_tokenizer_config is None else Emu35VisionTokenizer(config.vision_tokenizer_config)
-        )
+        self.vision_tokenizer = None
+        if config.vision_tokenizer_config is not None:
+            # float32 from the start, not only when weights are loaded: disk offloading goes by the type it finds here.
+            self.vision_tokenizer = Emu35VisionTokenizer(config.vision_tokenizer_config).float()
         self.post_init()
 
     def get_input_embeddings(self):
@@ -252,11 +254,11 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
             return self.lm_head(hidden_states)
         if vocabulary not in ("text", "visual"):
             raise ValueError(f'`vocabulary` must be "all", "text" or "visual", got {vocabulary!r}.')
-        spans = [(begin, end)] if vocabulary == "visual" else [(0, begin), (end, self.config.text_config.vocab_size)]
+        vocab_size = self.config.text_config.vocab_size
+        spans = [(begin, end)] if vocabulary == "visual" else [(0, begin), (end, vocab_size)]
         spans = [(first, last) for first, last in spans if last > first]
-        # Rows can be sliced only where the head really is that matrix: not quantised, sharded, offloaded or adapted.
-        weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
-        if weight is not None and type(weight) in (nn.Parameter, torch.Tensor) and weight.device.type != "meta":
+        if _is_plain_matrix(self.lm_head, rows=vocab_size):
+            weight = self.lm_head.weight
             hidden_states = hidden_states.to(weight.device)
             parts = [F.linear(hidden_states, weight[first:last]) for first, last in spans]
         else:
@@ -279,6 +281,10 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`).
             labels (`torch.LongTensor` of shape `(batch, length)`): not shifted; -100 is ignored.
         """
+        if labels.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"`labels` must have the shape of the ids {tuple(hidden_states.shape[:2])}, got {tuple(labels.shape)}."
+            )
         targets = labels[:, 1:].reshape(-1).to(hidden_states.device)
         positions = (targets != -100).nonzero()[:, 0]
         targets = targets[positions]
@@ -323,7 +329,7 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
             `list[torch.LongTensor]`, each `(h, w)`.
         """
         vision_tokenizer = self._require_vision_tokenizer()
-        device, dtype = _execution_device(vision_tokenizer), next(vision_tokenizer.parameters()).dtype
+        device, dtype = execution_device(vision_tokenizer), next(vision_tokenizer.parameters()).dtype
         images = [
             image[0] if image.ndim == 4 and len(image) == 1 else image
             for image in (pixel_values.unbind(0) if isinstance(pixel_values, torch.Tensor) else pixel_values)
@@ -334,7 +340,7 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
     def decode_image(self, codes: Sequence[torch.LongTensor]) -> list[torch.Tensor]:
         """Pixels `(3, H, W)` (range about [-1, 1], not clamped) of grids of codes `(h, w)` of any sizes."""
         vision_tokenizer = self._require_vision_tokenizer()
-        device = _execution_device(vision_tokenizer)
+        device = execution_device(vision_tokenizer)
         return list(vision_tokenizer.decode([grid.to(device) for grid in codes]))
 
     def resolve_image_tokens(self, pixel_values=None, **inputs) -> dict:
@@ -392,12 +398,12 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
         return self.decode_image(grids)
 
 
-def _execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes. With offloading, its weights are on the meta device between two calls."""
-    device = next(module.parameters()).device
-    if device.type == "meta":
-        device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
-    return device
+def _is_plain_matrix(head: nn.Module, rows: int) -> bool:
+    """Can rows of an output head be sliced?  Not where it is quantised, sharded, offloaded, adapted or hooked into."""
+    if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, torch.Tensor):
+        return False
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return len(head.weight) == rows and head.weight.device.type != "meta" and not hooked
 
 
 __all__ = ["Emu35CausalLMOutput", "Emu35ForConditionalGeneration", "Emu35Model", "Emu35PreTrainedModel"]

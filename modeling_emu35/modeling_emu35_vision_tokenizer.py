@@ -8,15 +8,12 @@ names are the release's, so its state dict loads one to one.
 """
 
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,14 +23,12 @@ from transformers.utils import ModelOutput
 
 from .checkpoint_emu35 import StrictCheckpointMixin
 from .configuration_emu35 import Emu35VisionTokenizerConfig
+from .released_vision_tokenizer_emu35 import is_released_vision_tokenizer, load_released_vision_tokenizer
 
 # A block of logits of 1024 codes x 1024 positions (4 MiB in float32) stays in the processor's cache between the matrix
-# product and the maximum; larger blocks are slower on a CPU and no faster on a GPU.
+# product and the maximum; larger ones are no faster.
 QUANTIZE_CODES_PER_CHUNK = 1024
 QUANTIZE_POSITIONS_PER_CHUNK = 1024
-
-RELEASED_CONFIG_NAME = "config.yaml"
-RELEASED_WEIGHTS_NAME = "model.ckpt"
 
 
 @dataclass
@@ -371,7 +366,7 @@ class Emu35VisionTokenizer(StrictCheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        # Torch's own initialisation shrinks the signal layer by layer until the biases drown it, and GroupNorm with few
+        # Torch's own initialisation shrinks the signal layer by layer until the biases drown it, and GroupNorm of few
         # groups does not take those away: a small model then starts several times slower.
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -550,113 +545,11 @@ def _as_list(name: str, value: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(value)
 
 
-def is_released_vision_tokenizer(directory: str | os.PathLike) -> bool:
-    """Whether `directory` has the release's layout (`config.yaml` + `model.ckpt`) and no checkpoint of ours."""
-    directory = Path(directory)
-    ours = ("model.safetensors", "model.safetensors.index.json")
-    return (directory / RELEASED_CONFIG_NAME).is_file() and not any((directory / name).is_file() for name in ours)
-
-
-def load_released_vision_tokenizer(
-    directory: str | os.PathLike,
-) -> tuple[Emu35VisionTokenizerConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of the released vision tokenizer, checked against each other.
-
-    The pickle is read with `weights_only=True`: a file that wants to run code is refused and runs nothing.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            holds `config.yaml` and `model.ckpt` (a state dict, plain or under the key "state_dict").
-    Returns:
-        the configuration, and the state dict as stored (float16 in the release), memory-mapped if the format allows.
-    Raises:
-        FileNotFoundError: if one of the two files is missing.
-        ValueError: if the configuration cannot be read or is not supported, the file is no state dict, or its tensors
-            are not exactly those the configuration asks for.
-    """
-    directory = Path(directory)
-    for name in (RELEASED_CONFIG_NAME, RELEASED_WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"{directory} has no `{name}`. A released vision tokenizer is a folder with `{RELEASED_CONFIG_NAME}` "
-                f"and `{RELEASED_WEIGHTS_NAME}`."
-            )
-    config = read_released_config(directory / RELEASED_CONFIG_NAME)
-    state_dict = _read_state_dict(directory / RELEASED_WEIGHTS_NAME)
-
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Emu35VisionTokenizer(config).state_dict().items()}
-    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in state_dict]
-    unknown = [f"{name} {tuple(tensor.shape)}" for name, tensor in state_dict.items() if name not in expected]
-    misshapen = [
-        f"{name} {tuple(state_dict[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in state_dict and tuple(state_dict[name].shape) != shape
-    ]
-    problems = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
-    if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names)
-        raise ValueError(
-            f"{directory / RELEASED_WEIGHTS_NAME} does not hold the tensors that {RELEASED_CONFIG_NAME} asks for. "
-            f"{listed}. Check that both files come from the same release."
-        )
-    return config, state_dict
-
-
-def read_released_config(path: str | os.PathLike) -> Emu35VisionTokenizerConfig:
-    """The release's `config.yaml` (`n_embed`, `embed_dim`, `ddconfig`) as our configuration.
-
-    Raises:
-        ValueError: if a value is missing or not supported (`double_z: true`).
-    """
-    try:
-        released = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {error}") from error
-    released = released if isinstance(released, dict) else {}
-    network = released.get("ddconfig")
-    needed = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
-    absent = [name for name in ("n_embed", "embed_dim") if name not in released]
-    absent += [f"ddconfig.{name}" for name in needed if not isinstance(network, dict) or name not in network]
-    if absent:
-        raise ValueError(f"{path} lacks {', '.join(absent)}: it is not the configuration of a released IBQ tokenizer.")
-    if network.get("double_z"):
-        raise ValueError(f"{path}: `double_z: true` means a variational encoder, which IBQ has not. Only false works.")
-    return Emu35VisionTokenizerConfig(
-        codebook_size=released["n_embed"],
-        embed_dim=released["embed_dim"],
-        latent_channels=network["z_channels"],
-        base_channels=network["ch"],
-        channel_multiplier=list(network["ch_mult"]),
-        num_res_blocks=network["num_res_blocks"],
-        attn_resolutions=list(network["attn_resolutions"]),
-        resolution=network["resolution"],
-        in_channels=network.get("in_channels", 3),
-        out_channels=network.get("out_ch", 3),
-        dropout=network.get("dropout", 0.0),
-    )
-
-
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        # Only the zip format can be memory-mapped; the old one is read whole.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a plain state dict: reading it would need more than tensors, and nothing in it was run. "
-            f"Only load checkpoints that hold tensors ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated or no torch file at all: {error}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} holds a {type(content).__name__} that is not a state dict (name -> tensor).")
-    return dict(content)
-
-
-def _shorten(names: list[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (f", ... ({len(names) - limit} more)" if len(names) > limit else "")
-
-
-__all__ = ["Emu35VisionTokenizer", "Emu35VisionTokenizerOutput", "load_released_vision_tokenizer", "to_uint8_pixels"]
+__all__ = [
+    "Emu35VisionTokenizer",
+    "Emu35VisionTokenizerOutput",
+    "is_released_vision_tokenizer",
+    "load_released_vision_tokenizer",
+    "nearest_codes",
+    "to_uint8_pixels",
+]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+#: One for a batch, or one a row (`None` there: the row needs no draw).
+Generators = torch.Generator | Sequence[torch.Generator | None] | None
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sampler:
         Args:
             logits (`torch.Tensor` of shape `(batch, n)`).
         Returns:
-            probabilities `(batch, k)`, and the columns `(batch, k)` of `logits` they belong to (`None`: all, in order).
+            probabilities `(batch, k)`, and their columns `(batch, k)` in `logits` (`None`: all, in order).
         """
         values, columns = logits.float(), None
         if self.temperature is not None:
@@ -39,9 +40,8 @@ class Sampler:
             values, columns = values.sort(descending=True)
         probabilities = values.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
-            before = probabilities.cumsum(-1) - probabilities
+            before = probabilities.cumsum(-1) - probabilities  # 0 for the first, so one always stays
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
-            probabilities[:, 0] = probabilities[:, 0].clamp(min=torch.finfo(probabilities.dtype).tiny)
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities, columns
 
@@ -64,7 +64,7 @@ class Sampler:
 def uniform(batch: int, generator: Generators, device: torch.device) -> torch.Tensor:
     """`(batch,)` numbers in [0, 1), drawn where the generator lives."""
     if isinstance(generator, Sequence):
-        numbers = [torch.rand(1, generator=one, device=one.device, dtype=torch.float32) for one in generator]
+        numbers = [torch.zeros(1) if one is None else uniform(1, one, device) for one in generator]
         return torch.cat([number.to(device) for number in numbers])
     where = device if generator is None else generator.device
     return torch.rand(batch, generator=generator, device=where, dtype=torch.float32).to(device)
@@ -90,11 +90,11 @@ def guide(
 ) -> torch.Tensor:
     r"""Classifier-free guidance.
 
-    One unconditional stream: $s = u + g (c - u)$.  Two: $s = n + g_{img} (u - n) + g (c - u)$.  The release does this on
-    log-probabilities; on logits the result differs by a constant a row, which no later step can see.
+    One unconditional stream: $s = u + g (c - u)$.  Two: $s = n + g_{img} (u - n) + g (c - u)$.  The release does this
+    on log-probabilities; on logits the result differs by a constant a row, which no later step can see.
 
     Args:
-        logits: of the conditional stream c, then of the unconditional ones u and n, where there are; each `(batch, n)`.
+        logits: of the conditional stream c, then of the unconditional ones u and n; each `(batch, n)`.
     """
     if len(logits) == 1:
         return logits[0].float()
@@ -104,3 +104,18 @@ def guide(
         return unconditional + guided
     neither = logits[2].float()
     return neither + image_guidance_scale * (unconditional - neither) + guided
+
+
+def is_damaged(scores: torch.Tensor) -> torch.BoolTensor:
+    """Rows `(batch,)` of scores `(batch, n)` that hold NaN or infinity, or allow nothing at all."""
+    return ~scores.amax(-1).isfinite()
+
+
+def check_scores(damaged: torch.BoolTensor):
+    """Raises a ValueError if any row [`is_damaged`]."""
+    if bool(damaged.any()):
+        rows = damaged.nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"the model computed NaN or infinite logits in rows {rows} of the batch. float16 overflows easily: load "
+            "the model with `dtype=torch.bfloat16` or `torch.float32`. If it is that already, its weights are damaged."
+        )

@@ -105,8 +105,8 @@ class AtomicSaveMixin:
         if not adapter and any(getattr(state, "packing_format_for_cpu", False) for state in states):
             # bitsandbytes 0.50 undoes the rearrangement of the codes when saving, not that of the scales.
             raise ValueError(
-                "a 4-bit model cannot be saved after it has run on a CPU: bitsandbytes has rearranged its weights for that. "
-                "Load it again and save it first."
+                "a 4-bit model cannot be saved after it has run on a CPU: bitsandbytes has rearranged its weights for "
+                "that. Load it again and save it first."
             )
         target = check_output_directory(save_directory, overwrite=True, name="save_directory")
         existed = target.exists()

@@ -67,7 +67,9 @@ def make_tiny_config(tiny_layout):
         text = {"vocab_size": layout["visual_token_offset"] + layout["num_visual_tokens"], **TINY_TEXT, **text}
         return Emu35Config(
             text_config=text,
-            vision_tokenizer_config=dict(TINY_VISION) if vision_tokenizer_config == "tiny" else vision_tokenizer_config,
+            vision_tokenizer_config=dict(TINY_VISION)
+            if vision_tokenizer_config == "tiny"
+            else vision_tokenizer_config,
             token_layout=layout,
             visual_loss_weight=visual_loss_weight,
         )

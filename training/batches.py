@@ -44,21 +44,21 @@ class Batch:
 
 
 class BatchSource:
-    """The batches of a run: each a function of (seed, step, rank) alone, so a resumed run sees what it would have.
+    """The batches of a run: each a function of (seed, step, stream) alone, so a resumed run sees what it would have.
 
     Args:
         writer ([`SequenceWriter`]): writes sequences.
         vision_tokenizer ([`Emu35VisionTokenizer`]): turns their images into codes.
-        seed (`int`), rank (`int`): where fresh scenes come from.
+        seed (`int`): where fresh scenes come from.
     """
 
-    def __init__(self, writer: SequenceWriter, vision_tokenizer: Emu35VisionTokenizer, seed: int, rank: int = 0):
+    def __init__(self, writer: SequenceWriter, vision_tokenizer: Emu35VisionTokenizer, seed: int):
         self.writer, self.vision_tokenizer = writer, vision_tokenizer.eval()
-        self.seed, self.rank = seed, rank
+        self.seed = seed
 
-    def batch(self, step: int, stage: StageRecipe, dtype: torch.dtype = torch.float32) -> Batch:
-        """The batch of a step. `dtype`: of the attention mask."""
-        rng = np.random.default_rng((self.seed, 2, step, self.rank))
+    def batch(self, step: int, stage: StageRecipe, stream: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
+        """One of the batches of a step, one a stream. `dtype`: of the attention mask."""
+        rng = np.random.default_rng((self.seed, 2, step, stream))
         rows = self._draw_rows(rng, stage)
         shape = (stage.rows, stage.row_length)
         layout = self.writer.layout
@@ -100,7 +100,7 @@ class BatchSource:
         drawn, wanted = [], SURPLUS * stage.rows * stage.row_length
         while wanted > 0:
             kind = kinds[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
-            drawn.append(self.writer.draw(kind, rng))
+            drawn.append(self.writer.draw(kind, rng, stage))
             wanted -= len(drawn[-1])
         rows: list[list[TokenSequence]] = [[] for _ in range(stage.rows)]
         room = [stage.row_length] * stage.rows

@@ -22,8 +22,10 @@ class StageRecipe:
         steps (`int`): optimiser steps.
         mixture (`dict[str, float]`): kind of sequence (see `sequences.KINDS`) -> share of the sequences.
         rows (`int`), row_length (`int`):
-            rows of a batch of one process, and their tokens. Short sequences share a row; a length in which the stage's
-            sequences leave few gaps saves time.
+            rows of a batch (there are `processes` of them a step), and their tokens. Short sequences share a row; a
+            length in which the stage's sequences leave few gaps saves time.
+        full_captions (`float`, *optional*): instead of the one in `data`.
+        typical_layouts (`bool`): objects whose position a caption leaves open stand as [`typical_layout`] puts them.
     """
 
     name: str
@@ -31,6 +33,8 @@ class StageRecipe:
     mixture: dict[str, float]
     rows: int = 14
     row_length: int = 224
+    full_captions: float | None = None
+    typical_layouts: bool = False
 
     def __post_init__(self):
         from .sequences import KINDS
@@ -112,7 +116,8 @@ class Recipe:
         output_dir (`str`): gets logs, checkpoints and the trained parts.
         export_dir (`str`): gets the finished model; `None`: `output_dir`/export.
         seed (`int`): of weights and data.
-        processes (`int`): processes whose gradients are averaged; on a CPU they have one thread each.
+        processes (`int`):
+            batches a step whose gradients are averaged; on a CPU each has a process of its own, of one thread.
         vision_tokenizer (`dict`): stage 1, see [`VisionTokenizerRecipe`].
         text_vocabulary (`int`): text and control tokens (at least 272).
         model (`dict`): fields of [`Emu35TextConfig`]; the vocabulary size follows from the two vocabularies.

@@ -24,7 +24,8 @@ from emu35.configuration_emu35 import Emu35TokenLayout
 from emu35.prompts_emu35 import Conversation, ImagePiece, Piece, Turn, get_template, unconditional_pieces
 from transformers import PreTrainedTokenizerFast
 
-from .recipe import DataRecipe
+from .layouts import typical_layout
+from .recipe import DataRecipe, StageRecipe
 from .shapes import IMAGE_SIZE, Scene, caption, describe, describe_text, sample_question, sample_scene
 
 IGNORED = -100
@@ -68,8 +69,13 @@ class SequenceWriter:
         self._start, self._end = [layout.bos_token_id], [layout.eos_token_id]
         self._answer_end = [layout.ess_token_id, layout.eos_token_id]
 
-    def draw(self, kind: str, rng: np.random.Generator) -> TokenSequence:
-        """One sequence about a fresh scene, without held-out combinations."""
+    def draw(self, kind: str, rng: np.random.Generator, stage: StageRecipe | None = None) -> TokenSequence:
+        """One sequence about a fresh scene, without held-out combinations. `stage`: how captions are drawn there."""
+        self._full_captions, self._typical_layouts = self.recipe.full_captions, False
+        if stage is not None:
+            self._typical_layouts = stage.typical_layouts
+            if stage.full_captions is not None:
+                self._full_captions = stage.full_captions
         scene = sample_scene(rng, 1 + int(np.searchsorted(self._objects, rng.random(), side="right")), held_out=False)
         sequence = TokenSequence()
         KINDS[kind](self, sequence, scene, rng)
@@ -85,14 +91,16 @@ class SequenceWriter:
         sequence.add(self._image, learn)
         sequence.scenes.append(scene)
 
-    def _caption(self, scene: Scene, rng: np.random.Generator) -> str:
-        return caption(scene, rng, full=bool(rng.random() < self.recipe.full_captions)).text
+    def _caption(self, scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
+        """A caption and the scene to draw for it."""
+        drawn = caption(scene, rng, full=bool(rng.random() < self._full_captions))
+        return drawn.text, typical_layout(scene, drawn.meaning, rng) if self._typical_layouts else scene
 
     # ------------------------------------------------------------------------------------------ single modality
 
     def _text(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
         sequence.add(self._start, False)
-        self._add_text(sequence, f" {self._caption(scene, rng)}", True)
+        self._add_text(sequence, f" {self._caption(scene, rng)[0]}", True)
         sequence.add(self._end, True)
 
     def _text_answers(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
@@ -109,7 +117,8 @@ class SequenceWriter:
 
     def _caption_image(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
         sequence.add(self._start, False)
-        self._add_text(sequence, f" {self._caption(scene, rng)}", False)
+        text, scene = self._caption(scene, rng)
+        self._add_text(sequence, f" {text}", False)
         self._add_image(sequence, scene, True)
         sequence.add(self._end, True)
 
@@ -134,7 +143,7 @@ class SequenceWriter:
     # ---------------------------------------------------------------------------------------------- instruction
 
     def _t2i(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
-        text = self._caption(scene, rng)
+        text, scene = self._caption(scene, rng)
         if rng.random() < self.recipe.caption_dropout:
             self._add_prompt(sequence, unconditional_pieces(self.layout), scene)
         else:

@@ -81,7 +81,7 @@ class LanguageModelTrainer:
         self.decoder = torch.compile(self.model.model) if recipe.compile else self.model.model
         factor = vision_tokenizer.config.downsampling_factor
         writer = SequenceWriter(processor.tokenizer, processor.token_layout, recipe.data, factor)
-        self.source = BatchSource(writer, self.model.vision_tokenizer, recipe.seed, rank)
+        self.source = BatchSource(writer, self.model.vision_tokenizer, recipe.seed)
         self.optimizer = MuonAdamW(self.model, recipe.optimizer, rank)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
@@ -108,16 +108,24 @@ class LanguageModelTrainer:
         }
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimiser step on a fresh batch; returns losses and the number of tokens and sequences."""
-        torch.manual_seed(self.recipe.seed * 1_000_003 + step * 1009 + self.rank)  # of dropout
+        """One optimiser step on fresh batches; returns losses and counts of the first of them.
+
+        A step has `recipe.processes` batches however many processes there really are (on a GPU one does them all).
+        """
         dtype = torch.bfloat16 if self.recipe.bf16 else torch.float32
-        batch = self.source.batch(step, self.recipe.stage_at(step), dtype).to(self.device)
-        losses = self.losses(batch)
-        losses["loss"].backward()
+        streams = range(self.rank, self.recipe.processes, world_size())
+        values = {}
+        for stream in streams:
+            torch.manual_seed(self.recipe.seed * 1_000_003 + step * 1009 + stream)  # of dropout
+            batch = self.source.batch(step, self.recipe.stage_at(step), stream, dtype).to(self.device)
+            losses = self.losses(batch)
+            (losses["loss"] / len(streams)).backward()
+            if not values:
+                values = {name: float(value.detach()) for name, value in losses.items()}
+                values |= {"tokens": batch.num_tokens, "sequences": batch.num_sequences}
         average_gradients_(self.trainable)
         self.optimizer.step(self.recipe.optimizer.scale(step, self.recipe.num_steps))
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        return {**values, "tokens": batch.num_tokens, "sequences": batch.num_sequences}
+        return values
 
     def decoder_state(self) -> dict[str, torch.Tensor]:
         """The trained weights, without the vision tokenizer's."""
@@ -165,7 +173,10 @@ def _check_same_run(recipe: Recipe, state: dict[str, Any], checkpoint: Path):
             "choose another `output_dir`, or pass `resume=False`."
         )
     if state["processes"] != world_size():
-        raise ValueError(f"{checkpoint} was written by {state['processes']} processes; now there are {world_size()}.")
+        raise ValueError(
+            f"{checkpoint} was written by {state['processes']} processes; now there are {world_size()}. Continue on "
+            "the kind of device it was begun on, or pass `resume=False`."
+        )
 
 
 def _keep_freed_memory():
@@ -203,7 +214,7 @@ def _work(
     for step in range(first, last + 1):
         values = trainer.step(step)
         if rank == 0:
-            tokens += values.pop("tokens") * world_size()
+            tokens += values.pop("tokens") * recipe.processes
             seconds = time.monotonic() - started
             if step % recipe.log_every == 0 or step == last:
                 stage = recipe.stage_at(step).name
@@ -233,7 +244,7 @@ def train_language_model(
         directory (`str` or `os.PathLike`): gets checkpoints, `losses.jsonl` and `losses.png`.
         vision_tokenizer, processor (`str` or `os.PathLike`): where they are saved.
         resume (`bool`): `False`: drop the checkpoints that are there.
-        device (`str`): processes on a GPU share it.
+        device (`str`): "cpu": `recipe.processes` processes share a step; otherwise one process does it all, on a GPU.
         progress (`bool`): show a progress bar.
     Returns:
         the model with its vision tokenizer, in evaluation mode on the CPU.
@@ -247,9 +258,8 @@ def train_language_model(
             shutil.rmtree(old)
     finished = checkpoints(directory)
     if not finished or json.loads((finished[-1] / "state.json").read_text())["step"] < recipe.num_steps:
-        launch(
-            _work, recipe.processes, recipe, str(directory), str(vision_tokenizer), str(processor), device, progress
-        )
+        processes = recipe.processes if device == "cpu" else 1
+        launch(_work, processes, recipe, str(directory), str(vision_tokenizer), str(processor), device, progress)
     model = build_model(
         recipe, Emu35Processor.from_pretrained(processor), Emu35VisionTokenizer.from_pretrained(vision_tokenizer)
     )

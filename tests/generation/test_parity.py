@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from emu35 import Emu35Config, Emu35ForConditionalGeneration
-from emu35.generation_emu35 import allowed_size_tokens
+from emu35.generation_loop_emu35 import allowed_size_tokens
 from emu35.image_tokens_emu35 import find_images
 from emu35.sampling_emu35 import Sampler, guide
 from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "release_lm"
 FORWARD_CASES = [
-    *(f"lm_tiny.{case}" for case in ("text_en", "text_zh", "mix", "long300", "pad_id_unmasked", "leftpad_pos", "rightpad")),
+    *(
+        f"lm_tiny.{case}"
+        for case in ("text_en", "text_zh", "mix", "long300", "pad_id_unmasked", "leftpad_pos", "rightpad")
+    ),
     *(f"lm_medium.{case}" for case in ("short", "long", "pad_id_unmasked", "leftpad_pos", "rightpad")),
 ]
 ROPE_OVERRIDES = {
@@ -90,7 +93,9 @@ def test_rope_scaling_equals_the_release(forward_reference, case):
     with torch.no_grad():
         logits = model(ids, logits_to_keep=4).logits
     columns = forward_reference["lm_medium.columns"].long()
-    torch.testing.assert_close(logits[..., columns], forward_reference[f"lm_medium.{case}.logits_cols"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        logits[..., columns], forward_reference[f"lm_medium.{case}.logits_cols"], atol=2e-4, rtol=0
+    )
 
 
 # --- scores: guidance, mask, temperature, top-k, top-p ---
@@ -109,7 +114,8 @@ def expected_next(model, case, step):
 
     if open_image is None or open_image.state == "size":
         scores = logits(case["prompt_ids"] + made, "text")
-        sampler = Sampler(True, case["text_temperature"], case["text_top_k"], case["text_top_p"])
+        kind = "text" if open_image is None else "image"  # sizes are drawn as visual tokens are
+        sampler = Sampler(True, case[f"{kind}_temperature"], case[f"{kind}_top_k"], case[f"{kind}_top_p"])
         ids = torch.arange(scores.shape[1])
         if open_image is not None:
             ids = torch.tensor(sorted(allowed_size_tokens(made[open_image.begin + 1 :], layout)))
@@ -143,7 +149,9 @@ def test_filtered_scores_equal_the_release(models, case):
         assert abs(kept - step["num_finite"]) <= max(1, 0.005 * step["num_finite"]), step["label"]
         expected = torch.tensor(step["top_values"]) - step["logsumexp"]
         # One more or one fewer token at the border of top-p moves all of them by as much as that token weighs.
-        torch.testing.assert_close(probabilities[step["top_ids"]].log(), expected, atol=2e-3, rtol=0, msg=step["label"])
+        torch.testing.assert_close(
+            probabilities[step["top_ids"]].log(), expected, atol=2e-3, rtol=0, msg=step["label"]
+        )
         checked.add(step["top_ids"][0] >= model.config.token_layout.visual_token_offset)
     assert checked == {False, True}
 
@@ -181,8 +189,8 @@ def test_greedy_answers_equal_the_release(models, case):
     model.set_attn_implementation("sdpa")
     answer = generate(model, case)
     if case["name"] == "prompt_ends_with_eoi":
-        # The release's logits processor opens its unconditional context at BOI and closes it at EOI; a prompt that ends in EOI
-        # makes it append that EOI to a context without BOI. From the second image of the answer on it differs from ours.
+        # The release's logits processor opens its unconditional context at BOI and closes it at EOI. A prompt that ends
+        # in EOI makes it add that EOI to a context without BOI, so it differs from the answer's second image on.
         eoi = model.config.token_layout.eoi_token_id
         same = case["generated_ids"].index(eoi) + 1
         assert answer[:same] == case["generated_ids"][:same]

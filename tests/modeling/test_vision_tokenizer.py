@@ -20,7 +20,7 @@ from emu35.modeling_emu35_vision_tokenizer import (
     to_uint8_pixels,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "ibq_e16"
 IMAGES = ("a_128x96", "b_64x160")
@@ -167,12 +167,13 @@ nearest_codes(rows[:8], codebook[:4096])
 before, started = peak(), time.perf_counter()
 ours = nearest_codes(rows, codebook)
 ours_gib, ours_s, started = peak() - before, time.perf_counter() - started, time.perf_counter()
-soft = (rows @ codebook.T).softmax(-1)
-codes = soft.argmax(-1)
-hard = torch.zeros_like(soft).scatter_(-1, codes[:, None], 1.0)
-quantized = (hard - soft + soft) @ codebook
+# As IBQ's public code does it: every code is a channel of (1, codes, positions).
+soft = torch.einsum("pd,cd->cp", rows, codebook)[None].softmax(1)
+codes = soft.max(1, keepdim=True)[1]
+hard = torch.zeros_like(soft).scatter_(1, codes, 1.0)
+quantized = torch.einsum("bcp,cd->bdp", hard - soft.detach() + soft, codebook)
 plain_s = time.perf_counter() - started
-print(ours_gib, ours_s, peak() - before, plain_s, float((ours == codes).float().mean()))
+print(ours_gib, ours_s, peak() - before, plain_s, float((ours == codes.flatten()).float().mean()))
 """
 
 
@@ -443,6 +444,15 @@ def test_wrong_tensors_are_listed(released_copy):
     assert "1 missing: quant_conv.bias (16,)" in message
     assert "1 unknown: discriminator.weight (2, 2)" in message
     assert "1 misshapen: encoder.conv_in.bias (3,) instead of (32,)" in message
+
+
+def test_own_checkpoint_with_wrong_tensors(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    state_dict = load_file(tmp_path / "model.safetensors")
+    del state_dict["quant_conv.bias"]
+    save_file(state_dict, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing: quant_conv\.bias"):
+        Emu35VisionTokenizer.from_pretrained(tmp_path)
 
 
 class _Malicious:

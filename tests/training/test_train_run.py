@@ -13,6 +13,7 @@ import yaml
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 from emu35.processing_emu35 import Emu35Processor
+from emu35.training import train_language_model as train_language_model_module
 from emu35.training.checkpointing import read_log
 from emu35.training.optimizers import MuonAdamW, _share_out
 from emu35.training.recipe import OptimizerRecipe, recipe_from_dict
@@ -200,3 +201,15 @@ def test_kill_9_and_two_processes(tmp_path):
     subprocess.run([*command, str(tmp_path / "killed")], check=True)
     assert losses(tmp_path / "killed" / "language_model") == losses(tmp_path / "whole" / "language_model")
     assert len(losses(tmp_path / "whole" / "language_model")) == 40
+
+
+@pytest.mark.slow
+def test_one_process_can_do_the_work_of_two(finished, tmp_path, monkeypatch):
+    """As on a GPU: one process, the same batches, the same curve."""
+    values = {**VALUES, "processes": 2}
+    two = continue_language_model(finished, tmp_path / "two", values)
+    monkeypatch.setattr(train_language_model_module, "launch", lambda worker, processes, *args: worker(0, *args))
+    one = continue_language_model(finished, tmp_path / "one", values)
+    curves = [[loss for _, _, loss, _ in losses(tmp_path / name)] for name in ("one", "two")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    torch.testing.assert_close(one.lm_head.weight, two.lm_head.weight, atol=1e-3, rtol=1e-2)

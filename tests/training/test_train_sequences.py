@@ -1,5 +1,7 @@
 """Sequences and batches: same prompts as at inference, only answers are learnt, packing changes nothing."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -113,16 +115,16 @@ def test_number_of_objects_follows_the_recipe(processor):
     assert all(len(writer.draw("image", rng).scenes[0].objects) == 3 for _ in range(20))
 
 
-def test_batches_depend_on_seed_step_and_rank_alone(writer, vision_tokenizer, recipe):
+def test_batches_depend_on_seed_step_and_stream_alone(writer, vision_tokenizer, recipe):
     stage = recipe.stages[0]
 
-    def ids(seed=0, step=0, rank=0):
-        return BatchSource(writer, vision_tokenizer, seed, rank).batch(step, stage).input_ids
+    def ids(seed=0, step=0, stream=0):
+        return BatchSource(writer, vision_tokenizer, seed).batch(step, stage, stream).input_ids
 
     source = BatchSource(writer, vision_tokenizer, 0)
     source.batch(5, stage)
     assert torch.equal(source.batch(0, stage).input_ids, ids())
-    for other in (ids(seed=1), ids(step=1), ids(rank=1)):
+    for other in (ids(seed=1), ids(step=1), ids(stream=1)):
         assert not torch.equal(other, ids())
 
 
@@ -153,7 +155,7 @@ def test_packed_rows_give_the_loss_of_single_sequences(recipe, processor, vision
     packed = model.model(batch.input_ids, batch.attention_mask, batch.position_ids, use_cache=False).last_hidden_state
     starts = (batch.input_ids[0] == processor.token_layout.bos_token_id).nonzero()[:, 0].tolist()
     assert len(starts) > 1
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         alone = model.model(batch.input_ids[:1, start:end], use_cache=False).last_hidden_state
         torch.testing.assert_close(packed[:1, start:end], alone, atol=1e-4, rtol=1e-4)
 

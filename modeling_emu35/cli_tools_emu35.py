@@ -1,0 +1,159 @@
+"""What the commands of `cli.py` share: choosing a device, loading a checkpoint, showing progress."""
+
+import contextlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import BitsAndBytesConfig
+from transformers.generation.streamers import BaseStreamer
+
+from . import TINY
+from .image_processing_emu35 import Emu35ImageProcessor
+from .image_tokens_emu35 import parse_size
+from .modeling_emu35 import Emu35ForConditionalGeneration
+from .processing_emu35 import Emu35Processor
+from .tokenization_emu35 import TIKTOKEN_FILE, tokenizer_from_qwen, tokenizer_from_tiktoken
+
+
+def find_device(name: str) -> str:
+    """The device that `--device` names; "auto": the fastest there is.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: no such kind of device. Use auto, cpu, cuda, cuda:1 or mps.") from error
+    module = None if device.type == "cpu" else getattr(torch, device.type, None)
+    number = 1 if device.type == "cpu" else module.device_count() if hasattr(module, "device_count") else 0
+    if (device.index or 0) >= number:
+        raise ValueError(f"--device {name}: torch sees {number} {device.type} devices here. Use --device auto or cpu.")
+    return name
+
+
+def find_dtype(name: str) -> torch.dtype | None:
+    """The type that `--dtype` names; `None`: the command's own choice ("auto")."""
+    return None if name == "auto" else getattr(torch, name)
+
+
+def load(
+    path: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    load_in: str | None = None,
+    vision_tokenizer: str | None = None,
+    tokenizer: str | None = None,
+) -> tuple[Emu35ForConditionalGeneration, Emu35Processor]:
+    """A model, ready to generate, and its processor.
+
+    Args:
+        path (`str` or `None`): checkpoint, ours or the release's; `None`: the tiny one that is shipped.
+        device (`str`): "auto" spreads a model over all GPUs, and main memory, if it has to.
+        load_in (`str`, *optional*): "4bit" or "8bit".
+        vision_tokenizer, tokenizer (`str`, *optional*): for a checkpoint that has none.
+    """
+    if path is None:
+        path = TINY
+        if not Path(path, "config.json").is_file():
+            raise FileNotFoundError(
+                f"the tiny checkpoint is not in this installation ({path}). Train it with `emu35 train "
+                "training/recipes/tiny.yaml`, or name another one with --model."
+            )
+    elif Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise FileNotFoundError(f"--model {path} has no config.json, so it is no checkpoint.")
+    found = find_device(device)
+    options: dict[str, Any] = {"device_map": "auto" if device == "auto" and found == "cuda" else found}
+    if vision_tokenizer is not None:
+        options["vision_tokenizer"] = vision_tokenizer
+    if load_in is not None:
+        options["quantization_config"] = _quantization(load_in)
+    dtype = find_dtype(dtype) or "auto"
+    model = Emu35ForConditionalGeneration.from_pretrained(path, dtype=dtype, **options).eval()
+    return model, _load_processor(path, tokenizer, model)
+
+
+def _load_processor(path: str, tokenizer: str | None, model: Emu35ForConditionalGeneration) -> Emu35Processor:
+    if tokenizer is None and Path(path, TIKTOKEN_FILE).is_file() and not Path(path, "tokenizer.json").is_file():
+        tokenizer = path  # the release's own folder
+    if tokenizer is None:
+        if Path(path).is_dir() and not Path(path, "tokenizer.json").is_file():
+            raise FileNotFoundError(
+                f"--model {path} has no tokenizer. Name one with --tokenizer: the folder of the release's "
+                f"{TIKTOKEN_FILE}, or of a Qwen2 or Qwen3 tokenizer."
+            )
+        return Emu35Processor.from_pretrained(path)
+    has_ranks = Path(tokenizer).is_file() or Path(tokenizer, TIKTOKEN_FILE).is_file()
+    read = tokenizer_from_tiktoken if has_ranks else tokenizer_from_qwen
+    vision = model.config.vision_tokenizer_config
+    images = Emu35ImageProcessor() if vision is None else Emu35ImageProcessor(factor=vision.downsampling_factor)
+    return Emu35Processor(images, read(tokenizer), model.config.token_layout)
+
+
+def _quantization(load_in: str) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"--load-in {load_in} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+class TokenProgress(BaseStreamer):
+    """Moves a progress bar by the tokens of an answer; knows how many an image takes once its size is written."""
+
+    def __init__(self, bar: tqdm, layout):
+        self.bar, self.layout = bar, layout
+        self.size_ids: list[int] | None = None
+
+    def put(self, value: torch.Tensor):
+        if value.ndim > 1:  # the prompt
+            return
+        token_id = int(value)
+        if token_id == self.layout.boi_token_id:
+            self.size_ids = []
+        elif token_id == self.layout.img_token_id:
+            height, width = parse_size(self.size_ids or [], self.layout) or (0, 0)
+            self.bar.total = self.bar.n + 1 + height * (width + 1)
+            self.size_ids = None
+        elif self.size_ids is not None:
+            self.size_ids.append(token_id)
+        self.bar.update()
+
+    def end(self):
+        pass
+
+
+@contextlib.contextmanager
+def progress(model: Emu35ForConditionalGeneration, what: str, num_answers: int = 1) -> Iterator[TokenProgress | None]:
+    """A progress bar on a terminal's stderr while `generate` runs; yields the streamer to give it.
+
+    A streamer sees one answer only, so there is none for several: then the passes through the decoder move the bar.
+    """
+    with tqdm(desc=what, unit=" tokens", disable=None, leave=False) as bar:
+        if num_answers == 1:
+            yield TokenProgress(bar, model.config.token_layout)
+            return
+        hook = model.model.register_forward_hook(lambda *_: bar.update(num_answers) and None)
+        try:
+            yield None
+        finally:
+            hook.remove()
+
+
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures as one sheet, about as many columns as rows."""
+    columns = next(n for n in range(1, len(pictures) + 1) if n * n >= len(pictures))
+    rows = -(-len(pictures) // columns)
+    width, height = (max(getattr(picture, side) for picture in pictures) for side in ("width", "height"))
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * width, index // columns * height))
+    return sheet

@@ -1,0 +1,466 @@
+"""The `emu35` command, end to end on a random tiny checkpoint."""
+
+import argparse
+import errno
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import emu35
+import numpy as np
+import pytest
+import torch
+from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig, Emu35Processor, cli, cli_tools_emu35
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a red fox"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, make_tiny_model, tiny_processor):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = make_tiny_model()
+    model.generation_config = Emu35GenerationConfig(
+        do_sample=True, guidance_scale=2.0, height=16, width=12, max_new_tokens=200
+    )
+    model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(checkpoint, capsys, tmp_path, monkeypatch):
+    """`run("generate", "a red fox", ...)` -> (exit status, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EMU35_DEBUG", raising=False)
+    monkeypatch.setattr(cli_tools_emu35, "TINY", checkpoint)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+def test_generate_writes_the_picture_and_says_so(run):
+    status, out, err = run("generate", PROMPT, "-o", "out.png")
+    assert (status, err) == (0, "")
+    assert Image.open("out.png").size == (12, 16)
+    assert "out.png: 12 x 16 pixels" in out
+    assert "seed 0" in out and " s in all" in out
+
+
+def test_same_seed_same_picture_and_another_seed_another(run):
+    for name, seed in (("a.png", ()), ("b.png", ("--seed", 0)), ("c.png", ("--seed", 1))):
+        assert run("generate", PROMPT, "-o", name, *seed)[0] == 0
+    assert (pixels("a.png") == pixels("b.png")).all()
+    assert (pixels("a.png") != pixels("c.png")).any()
+    run("generate", PROMPT, "-o", "a.png", "--seed", "1")  # an older picture is replaced
+    assert (pixels("a.png") == pixels("c.png")).all()
+    assert sorted(path.name for path in Path().iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_a_random_seed_is_told_and_can_be_used_again(run):
+    out = run("generate", PROMPT, "-o", "a.png", "--seed", "random")[1]
+    seed = out.split("seed ")[1].split(";")[0]
+    run("generate", PROMPT, "-o", "b.png", "--seed", seed)
+    assert (pixels("a.png") == pixels("b.png")).all()
+
+
+def test_several_images_are_those_of_the_seeds_that_follow(run):
+    status, out, _ = run("generate", PROMPT, "-o", "out.png", "--num-images", 3, "--seed", 5)
+    assert status == 0 and "3 images" in out
+    for index in range(3):
+        run("generate", PROMPT, "-o", "one.png", "--seed", 5 + index)
+        assert (pixels(f"out-{index + 1}.png") == pixels("one.png")).all()
+    assert not Path("out.png").exists()
+    run("generate", PROMPT, "-o", "out.png", "--num-images", 3, "--seed", 5, "--grid")
+    sheet = pixels("out.png")
+    assert sheet.shape == (32, 24, 3)
+    assert (sheet[16:, :12] == pixels("out-3.png")).all()
+    assert (sheet[16:, 12:] == 255).all()
+
+
+def test_options_reach_generate(run, monkeypatch):
+    calls = []
+    generate = Emu35ForConditionalGeneration.generate
+    monkeypatch.setattr(
+        Emu35ForConditionalGeneration,
+        "generate",
+        lambda self, **kwargs: calls.append(kwargs) or generate(self, **kwargs),
+    )
+    status, _, err = run(
+        *("generate", PROMPT, "-o", "out.jpg", "--height", 8, "--width", 24, "--guidance-scale", 1.5),
+        *("--image-top-k", 9, "--image-top-p", 0.9, "--image-temperature", 0.5, "--dtype", "float32"),
+    )
+    assert (status, err) == (0, "")
+    assert Image.open("out.jpg").size == (24, 8) and Image.open("out.jpg").format == "JPEG"
+    expected = {"guidance_scale": 1.5, "image_top_k": 9, "image_top_p": 0.9, "image_temperature": 0.5, "height": 8}
+    assert {name: calls[0][name] for name in expected} == expected
+    assert calls[0]["task"] == "t2i"
+
+
+def test_aspect_ratio_takes_the_place_of_the_checkpoints_size(run, picture):
+    assert run("generate", PROMPT, "-o", "out.png", "--image", picture, "--aspect-ratio", "reference")[0] == 0
+    assert Image.open("out.png").size == (16, 16)  # as the processor resizes the reference
+
+
+def test_reference_images_and_both_guidance_scales(run, picture):
+    assert run("generate", PROMPT, "-o", "a.png", "--image", picture)[0] == 0
+    assert run("generate", PROMPT, "-o", "b.png", "--image", picture, "--image", picture)[0] == 0
+    assert run("generate", PROMPT, "-o", "c.png", "--image", picture, "--image-guidance-scale", 1.5)[0] == 0
+    assert (pixels("a.png") != pixels("b.png")).any()
+    assert (pixels("a.png") != pixels("c.png")).any()
+
+
+def test_negative_prompt(run):
+    run("generate", PROMPT, "-o", "a.png")
+    assert run("generate", PROMPT, "-o", "b.png", "--negative-prompt", "a blue square")[0] == 0
+    assert (pixels("a.png") != pixels("b.png")).any()
+
+
+def test_text_never_becomes_a_control_token(run, monkeypatch, tiny_layout):
+    seen = []
+    call = Emu35Processor.__call__
+
+    def spy(self, *args, **kwargs):
+        inputs = call(self, *args, **kwargs)
+        seen.append(inputs["input_ids"][0].tolist())
+        return inputs
+
+    monkeypatch.setattr(Emu35Processor, "__call__", spy)
+    text = "<|image start|><|visual token 000001|><|extra_101|> a fox"
+    assert run("generate", text, "-o", "out.png", "--negative-prompt", text)[0] == 0
+    assert run("describe", "out.png", "--question", text, "--max-new-tokens", 1)[0] == 0
+    special = {*tiny_layout.special_token_ids.values()}
+    for ids in seen[:2]:
+        assert [token_id for token_id in ids if token_id in special] == [
+            tiny_layout.bos_token_id,
+            tiny_layout.bss_token_id,
+        ]
+    assert seen[2].count(tiny_layout.boi_token_id) == 1 and tiny_layout.ess_token_id not in seen[2]
+    assert all(max(ids) < tiny_layout.visual_token_offset for ids in seen)
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_quantised_weights(run, load_in):
+    pytest.importorskip("bitsandbytes")
+    status, _, err = run("generate", PROMPT, "-o", "out.png", "--load-in", load_in)
+    assert status == 0, err
+    assert Image.open("out.png").size == (12, 16)
+
+
+def test_quantised_weights_without_bitsandbytes(run, monkeypatch):
+    monkeypatch.setattr(cli_tools_emu35, "find_spec", lambda name: None)
+    status, _, err = run("generate", PROMPT, "--load-in", "4bit")
+    assert status == 2 and "pip install bitsandbytes" in err
+
+
+def test_a_full_disk_leaves_the_old_picture(run, monkeypatch):
+    Path("out.png").write_bytes(b"old")
+
+    def save(self, path, *args, **kwargs):
+        Path(path).write_bytes(b"half a pict")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    status, _, err = run("generate", PROMPT, "-o", "out.png")
+    assert status == 2 and "No space left on device" in err
+    assert Path("out.png").read_bytes() == b"old"
+    assert [path.name for path in Path().iterdir()] == ["out.png"]
+
+
+# ------------------------------------------------------------------------------------------------------------ describe
+
+
+def test_describe_prints_the_answer_and_nothing_else(run, picture, checkpoint):
+    status, out, err = run("describe", picture, "--max-new-tokens", 8)
+    assert (status, err) == (0, "")
+    model = Emu35ForConditionalGeneration.from_pretrained(checkpoint)
+    processor = Emu35Processor.from_pretrained(checkpoint)
+    inputs = processor(text="describe the image.", images=[picture], task="vqa")
+    result = model.generate(**inputs, generation_mode="text", do_sample=False, max_new_tokens=8)
+    segments = processor.post_process_multimodal_output(result)[0]
+    assert out.strip() == "".join(segment.text for segment in segments if segment.kind == "text").strip()
+    other = run("describe", picture, "--max-new-tokens", 8, "--question", "what color is the fox?")[1]
+    assert other != out
+    sampled = [run("describe", picture, "--max-new-tokens", 8, "--temperature", 2, "--seed", s)[1] for s in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def broken_file(name: str, content: bytes = b"\x89PNG\r\n\x1a\nnot really") -> str:
+    Path(name).write_bytes(content)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("generate", ""), "empty prompt"),
+        (("generate", "fox " * 600), "max_length"),
+        (("generate", PROMPT, "-o", "."), "is a folder"),
+        (("generate", PROMPT, "-o", "no/such/folder/out.png"), "there is no folder no/such/folder"),
+        (("generate", PROMPT, "-o", "out.docx"), ".docx is no kind of image"),
+        (("generate", PROMPT, "-o", "out"), "no ending is no kind of image"),
+        (("generate", PROMPT, "--height", "17", "--width", "16"), "`height` must be a positive multiple of 4"),
+        (("generate", PROMPT, "--height", "0", "--width", "16"), "`height` must be a positive multiple of 4"),
+        (("generate", PROMPT, "--height", "16"), "`height` and `width` together"),
+        (("generate", PROMPT, "--height", "4000", "--width", "4000"), "does not fit into the context"),
+        (("generate", PROMPT, "--guidance-scale", "-1"), "`guidance_scale` must be at least 0"),
+        (("generate", PROMPT, "--image-top-p", "0"), "`image_top_p`"),
+        (("generate", PROMPT, "--image-temperature", "0"), "`image_temperature`"),
+        (("generate", PROMPT, "--aspect-ratio", "banana"), "`aspect_ratio`"),
+        (("generate", PROMPT, "--task", "x2i"), "needs an image"),
+        (("generate", PROMPT, "--image", "missing.png"), "missing.png"),
+        (("generate", PROMPT, "--image", "corrupt.png"), "corrupt.png"),
+        (("generate", PROMPT, "--task", "t2i", "--image", "corrupt.png"), "takes no images"),
+        (("generate", PROMPT, "--model", "no/such/checkpoint"), "no/such/checkpoint"),
+        (("generate", PROMPT, "--model", "."), "no config.json"),
+        (("generate", PROMPT, "--device", "quantum"), "no such kind of device"),
+        (("generate", PROMPT, "--device", "cuda:99"), "cuda:99"),
+        (("generate", PROMPT, "--vision-tokenizer", "."), "vision"),
+        (("describe", "missing.png"), "missing.png"),
+        (("describe", "corrupt.png", "--question", " "), "empty prompt"),
+        (("convert", "--model", ".", "--output", "new"), "config.json"),
+        (("train", "missing.yaml"), "missing.yaml"),
+        (("train", "broken.yaml"), "broken.yaml"),
+        (("eval", "--output", "."), "is a folder"),
+        (("eval", "--plot", "plot.png"), "--sweep"),
+        (("eval", "--task", "vqa", "--guidance-scale", "2"), "--guidance-scale"),
+        (("eval", "--sweep", "guidence_scale=1,2", "--num", "3"), "guidence_scale"),
+        (("bench", "imagge"), "imagge"),
+        (("bench", "vision", "--size", "34b"), "34b"),
+        (("bench", "--size", "34b", "--device", "cpu"), "needs a GPU"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(run, arguments, expected):
+    broken_file("corrupt.png")
+    broken_file("broken.yaml", b"stages: [")
+    before = sorted(Path().iterdir())
+    status, out, err = run(*arguments)
+    assert status == 2, (out, err)
+    assert expected in err
+    assert err.startswith(f"emu35 {arguments[0]}: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert out == ""
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("generate",), "prompt"),
+        (("generate", PROMPT, "--hight", "16"), "--hight"),
+        (("generate", PROMPT, "--seed", "-3"), "--seed"),
+        (("generate", PROMPT, "--seed", "abc"), "--seed"),
+        (("generate", PROMPT, "--num-images", "0"), "--num-images"),
+        (("generate", PROMPT, "--guidance-scale", "strong"), "--guidance-scale"),
+        (("generate", PROMPT, "--task", "t2v"), "t2v"),
+        (("generate", PROMPT, "--load-in", "2bit"), "2bit"),
+        (("eval", "--task", "story"), "story"),
+        (("eval", "--sweep", "guidance_scale"), "--sweep"),
+        (("convert", "--output", "new"), "--model"),
+        (("convert", "--model", ".", "--output", "new", "--ouput", "x"), "--ouput"),
+        (("paint",), "paint"),
+    ],
+)
+def test_mistyped_commands_are_told_in_one_line(run, arguments, expected):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert expected in err and err.count("\n") == 1 and "--help" in err
+
+
+def test_a_missing_tiny_checkpoint_is_told(run, monkeypatch):
+    monkeypatch.setattr(cli_tools_emu35, "TINY", "nowhere")
+    status, _, err = run("generate", PROMPT)
+    assert status == 2 and "emu35 train" in err and "--model" in err
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_debugging_shows_where_an_error_comes_from(run, monkeypatch, how):
+    arguments = ("generate", "")
+    if how == "option":
+        arguments += ("--debug",)
+    else:
+        monkeypatch.setenv("EMU35_DEBUG", "1")
+    with pytest.raises(ValueError, match="empty prompt"):
+        run(*arguments)
+
+
+def test_what_is_no_mistake_of_the_user_keeps_its_traceback(run, monkeypatch):
+    def fail(self, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Emu35ForConditionalGeneration, "generate", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("generate", PROMPT)
+
+
+def test_too_little_gpu_memory_is_told_with_a_way_out(run, monkeypatch):
+    def fail(self, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(Emu35ForConditionalGeneration, "generate", fail)
+    status, _, err = run("generate", PROMPT)
+    assert status == 2 and "--load-in 4bit" in err and err.count("\n") == 1
+
+
+def test_an_interrupt_is_no_crash(run, monkeypatch):
+    def interrupt(self, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Emu35ForConditionalGeneration, "generate", interrupt)
+    assert run("generate", PROMPT)[0] == 130
+    assert list(Path().iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------ other commands
+
+
+def test_convert(run, checkpoint):
+    status, _, err = run("convert", "--model", checkpoint, "--output", "new")
+    assert status == 0, err
+    before, after = (Emu35ForConditionalGeneration.from_pretrained(path) for path in (checkpoint, "new"))
+    for (name, old), (_, new) in zip(before.state_dict().items(), after.state_dict().items(), strict=True):
+        assert torch.equal(old, new), name
+    status, _, err = run("convert", "--model", checkpoint, "--output", "new")
+    assert status == 2 and "exists and is not empty" in err and err.count("\n") == 1
+
+
+def test_train_hands_over_to_training(run, monkeypatch):
+    import emu35.training.train
+
+    calls = []
+    monkeypatch.setattr(
+        emu35.training.train, "train", lambda *args, **kwargs: calls.append((args, kwargs)) or "export"
+    )
+    assert run("train", "recipe.yaml", "--output", "runs", "--restart")[:2] == (0, "export: the finished model\n")
+    assert calls == [(("recipe.yaml", "runs", None), {"resume": False, "device": "cpu"})]
+
+
+@pytest.mark.parametrize("task", ["t2i", "vqa", "reconstruction"])
+def test_eval_writes_json(run, task):
+    status, out, err = run("eval", "--task", task, "--num", 3, "--num-held-out", 1, "--seed", 2, "--output", "r.json")
+    assert status == 0, err
+    result = json.loads(Path("r.json").read_text())
+    assert (result["task"], result["num"], result["seed"]) == (task, 3, 2)
+    assert out == "r.json: written\n"
+
+
+def test_eval_sweeps_a_setting(run):
+    status, out, err = run("eval", "--sweep", "guidance-scale=1,1.5", "--num", 3)
+    assert status == 0, err
+    assert [point["guidance_scale"] for point in json.loads(out)] == [1, 1.5]
+
+
+def test_bench_prints_a_table_and_writes_json(run, monkeypatch):
+    from emu35 import bench_emu35
+
+    results = {"environment": {}, "targets": []}
+    calls = []
+    monkeypatch.setattr(bench_emu35, "run_benchmark", lambda *args: calls.append(args) or results)
+    monkeypatch.setattr(bench_emu35, "format_results", lambda results: "a table")
+    status, out, _ = run("bench", "image", "loss", "--quick", "--output", "bench.json", "--device", "cpu")
+    assert (status, out) == (0, "a table\nbench.json: written\n")
+    assert json.loads(Path("bench.json").read_text()) == results
+    assert calls == [(["image", "loss"], "tiny", True, "cpu", None, 0)]
+
+
+def test_every_command_explains_itself_with_an_example(run):
+    assert run()[0] == 0
+    commands = next(
+        action.choices for action in cli._build_parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    assert set(commands) == {"generate", "describe", "convert", "train", "eval", "bench"}
+    for name in commands:
+        status, out, _ = run(name, "--help")
+        assert status == 0 and f"example:\n  emu35 {name} " in out, name
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('launcher', {str(ROOT / 'emu35_launcher.py')!r})\n"
+        "launcher = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(launcher)\n"
+        "sys.argv = ['emu35', 'generate', '--help']\n"
+        "try:\n    launcher.main()\n"
+        "finally:\n    assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "emu35 generate" in run.stdout
+
+
+def test_the_command_line_module_runs_on_its_own(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "emu35.cli", "generate", PROMPT, "-o", "out.png", "--model", checkpoint]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert Image.open(tmp_path / "out.png").size == (12, 16)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_progress_knows_how_long_an_image_is(tiny_layout):
+    class Bar:
+        n, total = 0, None
+
+        def update(self):
+            self.n += 1
+
+    bar = Bar()
+    progress = cli_tools_emu35.TokenProgress(bar, tiny_layout)
+    rows = [[tiny_layout.visual_token_offset] * 3] * 2
+    progress.put(torch.zeros(1, 7, dtype=torch.long))  # the prompt
+    for token_id in [5, *tiny_layout.image_token_ids(rows)]:
+        progress.put(torch.tensor([token_id]))
+    progress.end()
+    assert bar.n == bar.total == 1 + tiny_layout.num_image_tokens(2, 3)
+
+
+def test_device_names():
+    assert cli_tools_emu35.find_device("cpu") == "cpu"
+    assert cli_tools_emu35.find_device("auto") in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match="--device meta"):
+        cli_tools_emu35.find_device("meta")
+
+
+def test_a_tokenizer_can_be_named(checkpoint, tmp_path, make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match="--tokenizer"):
+        cli_tools_emu35.load(str(tmp_path / "model"), device="cpu")
+    with pytest.raises(FileNotFoundError, match="Qwen2 or Qwen3"):
+        cli_tools_emu35.load(str(tmp_path / "model"), device="cpu", tokenizer=str(tmp_path))
+    loaded, processor = cli_tools_emu35.load(checkpoint, device="cpu")
+    assert processor.image_processor.factor == loaded.config.vision_tokenizer_config.downsampling_factor
+
+
+def test_the_package_finds_its_tiny_checkpoint():
+    assert cli_tools_emu35.TINY == emu35.TINY
+    assert importlib.util.find_spec("emu35.model_cards") is not None
