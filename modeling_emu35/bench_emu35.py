@@ -52,7 +52,7 @@ def run_benchmark(
         parts (`Sequence[str]`): of `PARTS`; default: all that `size` has.
         size (`str`): "tiny", or "34b": the released size with random weights, on a GPU ("image" only).
         quick (`bool`): fewer repetitions, smaller inputs. The targets are not judged then.
-        device (`str`), dtype (`torch.dtype`, *optional*): default float32 on a CPU, else bfloat16.
+        device (`str`), dtype (`torch.dtype`, *optional*): default float32 for "tiny" on a CPU, else bfloat16.
         seed (`int`): of weights and inputs.
     Returns:
         `dict`: "environment", one entry a part, and "targets" (name, target, measured value, reached).
@@ -68,7 +68,7 @@ def run_benchmark(
     if size != "tiny" and parts != ("image",):
         raise ValueError(f"`size`={size!r} has the part image only, got {', '.join(parts)}.")
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        dtype = torch.float32 if size == "tiny" and torch.device(device).type == "cpu" else torch.bfloat16
     if size == "34b":
         _require_gpu_memory(device, dtype)
     results: dict[str, Any] = {"environment": environment(device, dtype), "size": size, "quick": quick}

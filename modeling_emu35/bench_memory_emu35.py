@@ -68,7 +68,8 @@ def quantize_like_the_release(latents: torch.Tensor, codebook: torch.Tensor) -> 
     Returns:
         codes `(positions,)` and quantised latents `(positions, embed_dim)`.
     """
-    soft = (latents @ codebook.T).softmax(dim=-1)
+    logits = latents @ codebook.T
+    soft = logits.softmax(dim=-1)
     codes = soft.argmax(dim=-1)
     hard = torch.zeros_like(soft).scatter_(1, codes[:, None], 1.0)
     return codes, hard @ codebook

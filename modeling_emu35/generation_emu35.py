@@ -304,6 +304,7 @@ class Emu35GenerationMixin(GenerationMixin):
             grid=grid,
             may_choose=not _explicit_size(config),
             image=image,
+            num_images=len(_answer_images(prompt, layout)),
         )
 
     def _grid(self, prompt: list[int], config: Emu35GenerationConfig) -> tuple[int, int] | None:
@@ -333,14 +334,16 @@ class Emu35GenerationMixin(GenerationMixin):
                     f"which does not fit into the context of {context} tokens."
                 )
             return grid
-        if config.aspect_ratio == "auto":
-            return None
-        if config.aspect_ratio not in (None, "reference"):
+        if config.aspect_ratio not in (None, "auto", "reference"):
             return grid_for_aspect_ratio(config.aspect_ratio, config.image_area, factor)
-        images = [image for image in find_images(prompt, self.config.token_layout) if image.complete]
+        layout = self.config.token_layout
+        if config.keep_image_size and config.aspect_ratio != "reference":
+            for image in _answer_images(prompt, layout):
+                return image.token_height, image.token_width
+        images = [image for image in find_images(prompt, layout) if image.complete]
         if config.aspect_ratio == "reference" and not images:
             raise ValueError('`aspect_ratio`="reference" needs an image in every prompt.')
-        if images and (config.aspect_ratio == "reference" or len(images) == 1):
+        if config.aspect_ratio == "reference" or (config.aspect_ratio is None and len(images) == 1):
             return images[-1].token_height, images[-1].token_width
         return None
 
@@ -401,14 +404,20 @@ def _begins_a_size(size_ids: Sequence[int], layout: Emu35TokenLayout) -> bool:
     return re.fullmatch(r"([1-9]\d*(\*([1-9]\d*)?)?)?", "".join(characters[one] for one in size_ids)) is not None
 
 
-def _missing_answer_images(prompt: list[int], negative_prompt: list[int], layout: Emu35TokenLayout) -> list[int]:
-    """Ids of the images that a prompt holds of its answer (after the last BSS) and the negative prompt does not.
-
-    They belong there when an answer is continued: the unconditional stream sees the images made so far.
-    """
+def _answer_images(prompt: list[int], layout: Emu35TokenLayout) -> list[ImageTokens]:
+    """Complete images of the answer that a prompt already holds, which is what follows its last BSS."""
     if layout.bss_token_id not in prompt:
         return []
     start = len(prompt) - prompt[::-1].index(layout.bss_token_id)
+    return [image for image in find_images(prompt, layout, start) if image.complete]
+
+
+def _missing_answer_images(prompt: list[int], negative_prompt: list[int], layout: Emu35TokenLayout) -> list[int]:
+    """Ids of the answer's images in a prompt that the negative prompt lacks.
+
+    They belong there when an answer is continued: the unconditional stream sees the images made so far.
+    """
     known = len(list(find_images(negative_prompt, layout)))
-    images = [image for image in list(find_images(prompt, layout))[known:] if image.begin >= start]
+    begins = [image.begin for image in find_images(prompt, layout)][known:]
+    images = [image for image in _answer_images(prompt, layout) if image.begin in begins]
     return [token_id for image in images for token_id in prompt[image.begin : image.end]]

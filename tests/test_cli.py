@@ -22,7 +22,7 @@ PROMPT = "a red fox"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, make_tiny_model, tiny_processor):
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = make_tiny_model()
+    model = make_tiny_model(hidden_size=64)  # bitsandbytes quantises blocks of 64
     model.generation_config = Emu35GenerationConfig(
         do_sample=True, guidance_scale=2.0, height=16, width=12, max_new_tokens=200
     )
@@ -243,10 +243,10 @@ def broken_file(name: str, content: bytes = b"\x89PNG\r\n\x1a\nnot really") -> s
         (("generate", PROMPT, "--model", "."), "no config.json"),
         (("generate", PROMPT, "--device", "quantum"), "no such kind of device"),
         (("generate", PROMPT, "--device", "cuda:99"), "cuda:99"),
-        (("generate", PROMPT, "--vision-tokenizer", "."), "vision"),
+        (("generate", PROMPT, "--vision-tokenizer", "."), "model.safetensors"),
         (("describe", "missing.png"), "missing.png"),
         (("describe", "corrupt.png", "--question", " "), "empty prompt"),
-        (("convert", "--model", ".", "--output", "new"), "config.json"),
+        (("convert", "--model", ".", "--output", "new"), "model.safetensors"),
         (("train", "missing.yaml"), "missing.yaml"),
         (("train", "broken.yaml"), "broken.yaml"),
         (("eval", "--output", "."), "is a folder"),

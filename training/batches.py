@@ -95,12 +95,12 @@ class BatchSource:
 
     def _draw_rows(self, rng: np.random.Generator, stage: StageRecipe) -> list[list[TokenSequence]]:
         """A little more than fits is drawn; the longest go first, each to the fullest row that has room (best fit)."""
-        kinds = list(stage.mixture)
+        writer, kinds = self.writer.for_stage(stage), list(stage.mixture)
         edges = np.cumsum(list(stage.mixture.values()))
         drawn, wanted = [], SURPLUS * stage.rows * stage.row_length
         while wanted > 0:
             kind = kinds[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
-            drawn.append(self.writer.draw(kind, rng, stage))
+            drawn.append(writer.draw(kind, rng))
             wanted -= len(drawn[-1])
         rows: list[list[TokenSequence]] = [[] for _ in range(stage.rows)]
         room = [stage.row_length] * stage.rows

@@ -1,8 +1,8 @@
 """Where the objects of a training scene stand when its caption leaves that open.
 
 Any arrangement that fits a sentence is right. A model that draws cell after cell must know what is still to come, and
-learns that much faster from typical layouts than from arbitrary ones: things above or below one another share a column,
-things left or right of one another share a row, others stand in rows of their own, from top to bottom as mentioned.
+it learns that sooner from typical layouts than from arbitrary ones: things above or below one another share a column,
+things left or right of one another a row, and others stand in rows of their own, from top to bottom as mentioned.
 """
 
 import dataclasses

@@ -15,6 +15,7 @@ What is given (captions before images, questions, images of the user) is not lea
 predicting it would only cost capacity. A description is canonical, so all of it follows from the image.
 """
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,7 +62,9 @@ class SequenceWriter:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, layout: Emu35TokenLayout, recipe: DataRecipe, factor: int):
-        self.layout, self.recipe = layout, recipe
+        self.layout = layout
+        self.full_captions, self.caption_dropout = recipe.full_captions, recipe.caption_dropout
+        self.typical_layouts = False
         self._encode = tokenizer.backend_tokenizer.encode
         side = IMAGE_SIZE // factor
         self._image = layout.image_token_ids([[layout.image_placeholder_token_id] * side] * side)
@@ -69,13 +72,16 @@ class SequenceWriter:
         self._start, self._end = [layout.bos_token_id], [layout.eos_token_id]
         self._answer_end = [layout.ess_token_id, layout.eos_token_id]
 
-    def draw(self, kind: str, rng: np.random.Generator, stage: StageRecipe | None = None) -> TokenSequence:
-        """One sequence about a fresh scene, without held-out combinations. `stage`: how captions are drawn there."""
-        self._full_captions, self._typical_layouts = self.recipe.full_captions, False
-        if stage is not None:
-            self._typical_layouts = stage.typical_layouts
-            if stage.full_captions is not None:
-                self._full_captions = stage.full_captions
+    def for_stage(self, stage: StageRecipe) -> "SequenceWriter":
+        """The same writer, but with captions as a stage wants them."""
+        writer = copy.copy(self)
+        writer.typical_layouts = stage.typical_layouts
+        if stage.full_captions is not None:
+            writer.full_captions = stage.full_captions
+        return writer
+
+    def draw(self, kind: str, rng: np.random.Generator) -> TokenSequence:
+        """One sequence about a fresh scene, without held-out combinations."""
         scene = sample_scene(rng, 1 + int(np.searchsorted(self._objects, rng.random(), side="right")), held_out=False)
         sequence = TokenSequence()
         KINDS[kind](self, sequence, scene, rng)
@@ -93,8 +99,8 @@ class SequenceWriter:
 
     def _caption(self, scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
         """A caption and the scene to draw for it."""
-        drawn = caption(scene, rng, full=bool(rng.random() < self._full_captions))
-        return drawn.text, typical_layout(scene, drawn.meaning, rng) if self._typical_layouts else scene
+        drawn = caption(scene, rng, full=bool(rng.random() < self.full_captions))
+        return drawn.text, typical_layout(scene, drawn.meaning, rng) if self.typical_layouts else scene
 
     # ------------------------------------------------------------------------------------------ single modality
 
@@ -144,7 +150,7 @@ class SequenceWriter:
 
     def _t2i(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
         text, scene = self._caption(scene, rng)
-        if rng.random() < self.recipe.caption_dropout:
+        if rng.random() < self.caption_dropout:
             self._add_prompt(sequence, unconditional_pieces(self.layout), scene)
         else:
             self._add_prompt(sequence, self._pieces("t2i", [text]), scene)
