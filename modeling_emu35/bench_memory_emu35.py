@@ -8,7 +8,6 @@ allocator's peak.
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -117,9 +116,10 @@ def measure_vision(way: str, device: str, seed: int, height: int, width: int, pa
 
     quantize(latents[:, :, :1, :4])  # libraries set themselves up
     memory = Memory(device)
-    seconds = min(timed(lambda: quantize(latents), device) for _ in range(2))
+    codes: list[torch.Tensor] = []
+    seconds = min(timed(lambda: codes.append(quantize(latents)), device) for _ in range(2))
     extra = memory.extra_bytes()
-    np.save(path, quantize(latents).flatten().cpu().numpy())
+    np.save(path, codes[-1].flatten().cpu().numpy())
     return {"seconds": seconds, "extra_bytes": extra}
 
 
@@ -166,7 +166,7 @@ def measure_loss(way: str, device: str, seed: int, tokens: int) -> dict[str, Any
     def step():
         loss = loss_of(hidden, labels)
         loss.backward()
-        values.append(float(loss))
+        values.append(float(loss.detach()))
 
     seconds = timed(step, device)
     return {"seconds": seconds, "extra_bytes": memory.extra_bytes(), "loss": values[0]}
@@ -194,6 +194,8 @@ def _peak_bytes() -> int:
     # Not `ru_maxrss` where it can be avoided: on Linux a process inherits its parent's.
     peak = _status_bytes("VmHWM")
     if peak is None:
+        import resource  # not on Windows
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak
 

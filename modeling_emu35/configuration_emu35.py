@@ -55,7 +55,8 @@ class Emu35TokenLayout(PreTrainedConfig):
         digit_token_ids (`list[int]`): ids of the text tokens "0".."9".
         size_separator_token_id (`int`): id of the text token "*" between height and width.
         size_digits (`list[int]`):
-            smallest and largest number of digits of each side when *the model* chooses a size. Given sizes may have any.
+            smallest and largest number of digits of each side when *the model* chooses a size. Given sizes may have
+            any.
     """
 
     model_type = "emu35_token_layout"
@@ -202,7 +203,8 @@ class Emu35VisionTokenizerConfig(PreTrainedConfig):
             attention between the two middle blocks. Without it, codes depend on their neighbourhood only.
         dropout (`float`): inside residual blocks, in training.
         norm_num_groups (`int`):
-            groups of every GroupNorm. The release has 32. As many groups as channels is instance norm, which wipes out flat colours.
+            groups of every GroupNorm. The release has 32. As many groups as channels is instance norm, which wipes
+            out flat colours.
         normalize_latents (`bool`):
             cosine instead of plain dot product between latents and codes (keeps small codebooks from collapsing).
         logit_scale (`float`): factor of the logits in training; the code chosen does not depend on it.
@@ -265,7 +267,8 @@ def _from_release(released: dict[str, Any]) -> dict[str, Any]:
     """The release's flat `config.json` (`model_type` "Emu3") as keyword arguments of [`Emu35Config`].
 
     The file names only some of the special ids, and not where the visual ids begin. The released vocabulary is
-    recognised by its size; in any other one the ids it does not name are unknown (`None`), and there are no visual ids.
+    recognised by its size; in any other one the ids it does not name are unknown (`None`), and there are no visual
+    ids.
     """
     names = {f"{role}_token_id" for role in SPECIAL_TOKENS}
     ids = {key: value for key, value in released.items() if key in names}
@@ -302,7 +305,8 @@ class Emu35Config(PreTrainedConfig):
     Args:
         text_config (`Emu35TextConfig` or `dict`): the decoder.
         vision_tokenizer_config (`Emu35VisionTokenizerConfig`, `dict` or `None`):
-            `None`: no vision tokenizer (as in the released language-model checkpoints); text and codes work, pixels don't.
+            `None`: no vision tokenizer (as in the released language-model checkpoints); text and codes work, pixels
+            don't.
         token_layout (`Emu35TokenLayout` or `dict`): which id means what.
         visual_loss_weight (`float`): weight of a visual token in the loss; text and structure tokens have weight 1.
     """
@@ -351,8 +355,8 @@ class Emu35Config(PreTrainedConfig):
     def validate_visual_range(self):
         if self.token_layout.visual_token_end > self.text_config.vocab_size:
             raise ValueError(
-                f"visual ids [{self.token_layout.visual_token_offset}, {self.token_layout.visual_token_end}) do not fit "
-                f"into `vocab_size`={self.text_config.vocab_size}."
+                f"visual ids [{self.token_layout.visual_token_offset}, {self.token_layout.visual_token_end}) do not "
+                f"fit into `vocab_size`={self.text_config.vocab_size}."
             )
         for role, token_id in self.token_layout.special_token_ids.items():
             if token_id >= self.text_config.vocab_size:

@@ -14,7 +14,8 @@ from .prompts_emu35 import get_template
 
 GENERATION_MODES = ("text", "image", "interleaved")
 
-#: What the release uses for each task where it differs from the values of `RELEASED_DEFAULTS` (its example configurations).
+#: What the release uses for each task where it differs from the values of `RELEASED_DEFAULTS` (its example
+#: configurations).
 RELEASED_TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "t2i": {"guidance_scale": 5.0},
     "x2i": {"guidance_scale": 3.0},
@@ -84,14 +85,15 @@ class Emu35GenerationConfig(GenerationConfig):
         generation_mode (`str`): "text", "image" (starts an image at once, stops at its end) or "interleaved".
         guidance_scale (`float`, *optional*): s = u + scale * (c - u) at visual positions. 1 or `None`: no guidance.
         image_guidance_scale (`float`, *optional*):
-            second scale for prompts with images: s = n + image_scale * (u - n) + scale * (c - u), n from a prompt without
-            text and images.
-        image_top_k (`int`), image_top_p (`float`), image_temperature (`float`): sampling of visual tokens. `None`: off.
+            second scale for prompts with images: s = n + image_scale * (u - n) + scale * (c - u), n from a prompt
+            without text and images.
+        image_top_k (`int`), image_top_p (`float`), image_temperature (`float`):
+            sampling of visual tokens. `None`: off.
         image_decoder (`str`): which decoder turns a prefix into codes, see `IMAGE_DECODERS`.
         height, width (`int`): pixels of the images to make.
         aspect_ratio (`str`): "16:9" and the like (width to height, of about `image_area` pixels), "auto" (the model
-            writes the size itself), or "reference" (the size of the prompt's last image). Default: "reference" where the
-            prompt has exactly one image, else "auto".
+            writes the size itself), or "reference" (the size of the prompt's last image). Default: "reference" where
+            the prompt has exactly one image, else "auto".
         image_area (`int`): pixels that `aspect_ratio` aims at.
         keep_image_size (`bool`): further images of an answer have the size of its first one.
         max_images (`int`): images of one interleaved answer; after that only text follows.
@@ -100,7 +102,7 @@ class Emu35GenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
-        own = {name: kwargs.pop(name, copy.deepcopy(default)) for name, default in _OWN.items()}
+        own = {name: copy.deepcopy(kwargs.pop(name, default)) for name, default in _OWN.items()}
         if not kwargs.get("_from_model_config"):
             _check_names((name for name in kwargs if not name.startswith("_")), {*SETTINGS, *_INHERITED}, "no setting")
         kwargs.setdefault("return_dict_in_generate", True)
@@ -115,7 +117,8 @@ class Emu35GenerationConfig(GenerationConfig):
         return cls()
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None):
-        # Sampling settings of a checkpoint stay in place under `do_sample=False`, which is no reason to warn about them.
+        # Sampling settings of a checkpoint stay in place under `do_sample=False`, which is no reason to warn about
+        # them.
         super().validate(strict=strict, user_set_attributes={"do_sample", "num_beams"})
         if self.generation_mode not in GENERATION_MODES:
             raise ValueError(f"`generation_mode` must be one of {GENERATION_MODES}, got {self.generation_mode!r}.")
@@ -126,7 +129,9 @@ class Emu35GenerationConfig(GenerationConfig):
         for name in ("temperature", "image_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be positive, got {value}. For greedy decoding pass `do_sample=False`.")
+                raise ValueError(
+                    f"`{name}` must be positive, got {value}. For greedy decoding pass `do_sample=False`."
+                )
         for name in ("top_k", "image_top_k"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 0):
@@ -193,7 +198,8 @@ def _check_names(names: Iterable[str], known: set[str], complaint: str):
 class Emu35GenerateOutput:
     """What `generate` returns.
 
-    Not a `ModelOutput`: `transformers.pipeline` rebuilds those as plain dictionaries, in which it then misses the attributes.
+    Not a `ModelOutput`: `transformers.pipeline` rebuilds those as plain dictionaries, in which it then misses the
+    attributes.
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch, length)`): prompt and answer, padded on the right.
@@ -235,8 +241,8 @@ def grid_for_aspect_ratio(aspect_ratio: str, area: int, factor: int) -> tuple[in
     long_side, short_side = long_side // factor, int(long_side / ratio) // factor
     if short_side < 1:
         raise ValueError(
-            f"`aspect_ratio`={aspect_ratio!r} at `image_area`={area} leaves less than one code ({factor} pixels) for the "
-            "shorter side. Choose a squarer ratio or a larger area."
+            f"`aspect_ratio`={aspect_ratio!r} at `image_area`={area} leaves less than one code ({factor} pixels) for "
+            "the shorter side. Choose a squarer ratio or a larger area."
         )
     return (short_side, long_side) if int(width) >= int(height) else (long_side, short_side)
 

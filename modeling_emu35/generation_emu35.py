@@ -197,7 +197,7 @@ class Emu35GenerationMixin(GenerationMixin):
                 f"`generation_mode`={config.generation_mode!r} needs image tokens, but this model's token layout does "
                 "not name them all. Load it with a `config` that has a complete `token_layout`, or use 'text'."
             )
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.layers):
             raise ValueError(
                 "gradient checkpointing switches off the cache in training mode. Call `model.eval()` first."
             )

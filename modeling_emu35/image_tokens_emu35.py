@@ -15,7 +15,8 @@ class ImageTokens:
         size_ids (`tuple[int, ...]`): ids between BOI and IMG.
         token_height, token_width (`int` or `None`): the size, where it is written out and well formed.
         codes (`tuple[int, ...]`): visual codes (not ids), row after row, as far as they go.
-        state (`str`): "size" (IMG has not come), "rows" (codes may follow), "complete" (closed, every row full) or "damaged".
+        state (`str`): "size" (IMG has not come), "rows" (codes may follow), "complete" (closed, every row full) or
+            "damaged".
         problem (`str`): what is wrong with a damaged image, else empty.
     """
 
@@ -62,7 +63,8 @@ def parse_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> Ima
         height, width = size or (None, None)
         return ImageTokens(begin, position, size_ids, height, width, (), "size")
     if size is None or ids[position] != layout.img_token_id:
-        return ImageTokens(begin, position, size_ids, None, None, (), "damaged", "its size is not written as height*width")
+        problem = "its size is not written as height*width"
+        return ImageTokens(begin, position, size_ids, None, None, (), "damaged", problem)
     height, width = size
     position += 1
     rows: list[list[int]] = [[]]

@@ -34,7 +34,7 @@ LOSS_CHUNK_BYTES = 128 * 2**20
 
 @dataclass
 class Emu35CausalLMOutput(CausalLMOutputWithPast):
-    """[`~transformers.modeling_outputs.CausalLMOutputWithPast`]; `logits` is `None` when only the loss was asked for."""
+    """transformers' `CausalLMOutputWithPast`; `logits` is `None` when only the loss was asked for."""
 
 
 class Emu35DecoderLayer(Qwen3DecoderLayer):
@@ -118,7 +118,8 @@ class Emu35Model(Emu35PreTrainedModel, Qwen3Model):
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): or `inputs_embeds` `(batch, length, hidden_size)`.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                or `inputs_embeds` of shape `(batch, length, hidden_size)`.
             attention_mask (`torch.Tensor`): `(batch, cached + length)`, 1 = attend; or a prepared 4D mask.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -197,10 +198,11 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
     ) -> Emu35CausalLMOutput:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): image placeholders are resolved if `pixel_values` come.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                image placeholders are resolved if `pixel_values` come.
             labels (`torch.LongTensor` of shape `(batch, length)`):
-                usually a copy of `input_ids`; -100 is ignored. The shift happens here. With `labels`, logits are computed
-                in chunks for the loss and not returned, unless `logits_to_keep` asks for them.
+                usually a copy of `input_ids`; -100 is ignored. The shift happens here. With `labels`, logits are
+                computed in chunks for the loss and not returned, unless `logits_to_keep` asks for them.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 the last n positions (0: all), or their indices. Default: all, or none when there are `labels`.
             vocabulary (`str`): which rows of the output matrix `logits` covers, see [`compute_logits`].
@@ -208,7 +210,9 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
         """
         if pixel_values is not None:
             if input_ids is None:
-                raise ValueError("`pixel_values` needs `input_ids` with image placeholders; got `inputs_embeds` alone.")
+                raise ValueError(
+                    "`pixel_values` needs `input_ids` with image placeholders; got `inputs_embeds` alone."
+                )
             resolved = self.resolve_image_tokens(input_ids=input_ids, pixel_values=pixel_values)["input_ids"]
             if labels is not None:
                 placeholder = self.config.token_layout.image_placeholder_token_id
@@ -242,7 +246,8 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
     ) -> torch.Tensor:
         """Logits over all ids, over the text ids only, or over the visual ids only.
 
-        Only the rows asked for are read: in the released vocabulary, 54 % (text) or 46 % (visual) of the output matrix.
+        Only the rows asked for are read: in the released vocabulary, 54 % (text) or 46 % (visual) of the output
+        matrix.
 
         Returns:
             `torch.Tensor` of shape `(..., n)`: column c means id c ("all"), visual code c ("visual"), or id c while
@@ -274,8 +279,8 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
     ) -> torch.Tensor:
         """Next-token loss: the weighted mean of the cross-entropies, `visual_loss_weight` for visual targets, else 1.
 
-        The full logits never exist: positions go through the head in chunks of `LOSS_CHUNK_BYTES`, and a chunk's logits
-        are computed again in the backward pass.
+        The full logits never exist: positions go through the head in chunks of `LOSS_CHUNK_BYTES`, and a chunk's
+        logits are computed again in the backward pass.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`).
@@ -285,36 +290,35 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
             raise ValueError(
                 f"`labels` must have the shape of the ids {tuple(hidden_states.shape[:2])}, got {tuple(labels.shape)}."
             )
-        targets = labels[:, 1:].reshape(-1).to(hidden_states.device)
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten().to(hidden_states.device)
         positions = (targets != -100).nonzero()[:, 0]
         targets = targets[positions]
-        hidden_states = hidden_states[:, :-1].flatten(0, 1)[positions]
+        hidden_states = hidden_states.flatten(0, 1)[positions]
         layout = self.config.token_layout
         visual = (targets >= layout.visual_token_offset) & (targets < layout.visual_token_end)
         weights = torch.where(visual, float(self.config.visual_loss_weight), 1.0)
 
         def chunk_loss(hidden_states, targets, weights):
-            losses = F.cross_entropy(self.lm_head(hidden_states).float(), targets, reduction="none")
+            logits = self.lm_head(hidden_states).float()
+            losses = F.cross_entropy(logits, targets.to(logits.device), reduction="none").to(weights.device)
             return (losses * weights).sum()
 
         size = max(1, LOSS_CHUNK_BYTES // (4 * self.config.text_config.vocab_size))
-        chunks = list(
-            zip(hidden_states.split(size), targets.split(size), weights.split(size), strict=True)
-            if len(targets)
-            else [(hidden_states, targets, weights)]
-        )
+        chunks = list(zip(hidden_states.split(size), targets.split(size), weights.split(size), strict=True))
         total = hidden_states.new_zeros((), dtype=torch.float32)
         for chunk in chunks:
             # Recomputing pays only where several chunks would have to be kept.
             recompute = len(chunks) > 1 and torch.is_grad_enabled()
             total = total + (checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk))
-        return total / (weights.sum().clamp(min=1e-8) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return total / weights.sum().clamp(min=1e-8)
+        return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
     def _require_vision_tokenizer(self) -> Emu35VisionTokenizer:
         if self.vision_tokenizer is None:
             raise ValueError(
-                "this checkpoint has no vision tokenizer, so images can be neither encoded nor decoded (text and codes "
-                "work). Load it with `from_pretrained(..., vision_tokenizer=DIRECTORY)`, or merge both with "
+                "this checkpoint has no vision tokenizer, so images can be neither encoded nor decoded (text and "
+                "codes work). Load it with `from_pretrained(..., vision_tokenizer=DIRECTORY)`, or merge both with "
                 "`python -m emu35.convert_emu35_to_hf`."
             )
         return self.vision_tokenizer
@@ -348,12 +352,15 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
 
         Args:
             pixel_values: images in the order of their placeholders, row after row (what the processor returns).
-            inputs: `input_ids` and what else the processor returned; everything that is not token ids is passed through.
+            inputs: `input_ids` and what else the processor returned; everything that is not token ids is passed
+            through.
         Returns:
             `dict`: `inputs` without `pixel_values` and `image_sizes`.
         """
         placeholder = self.config.token_layout.image_placeholder_token_id
-        id_keys = [key for key in inputs if key == "input_ids" or (key.startswith("negative") and key.endswith("_ids"))]
+        id_keys = [
+            key for key in inputs if key == "input_ids" or (key.startswith("negative") and key.endswith("_ids"))
+        ]
         resolved = {key: value for key, value in inputs.items() if key != "image_sizes"}
         visual_ids = None
         if pixel_values is not None:
@@ -374,8 +381,8 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
                 )
             if num_holes != len(visual_ids):
                 raise ValueError(
-                    f"`{key}` has {num_holes} image placeholders but `pixel_values` give {len(visual_ids)} visual tokens. "
-                    "Pass ids and images of the same processor call."
+                    f"`{key}` has {num_holes} image placeholders but `pixel_values` give {len(visual_ids)} visual "
+                    "tokens. Pass ids and images of the same processor call."
                 )
             resolved[key] = ids.masked_scatter(holes, visual_ids.to(ids.device, ids.dtype))
         return resolved

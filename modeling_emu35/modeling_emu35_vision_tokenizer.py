@@ -348,6 +348,9 @@ class Emu35VisionTokenizer(StrictCheckpointMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    # Its few attention blocks compute the same whatever is asked for; what is asked for is meant for the decoder
+    # beside it.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = [
         "Emu35VisionTokenizerResnetBlock",
         "Emu35VisionTokenizerAttention",

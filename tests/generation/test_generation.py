@@ -37,7 +37,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, prompt: list[int], max_new_tokens: int, guess: list[int]) -> list[int]:
-        """The answer.  A right `guess` makes it fast: one pass over a sequence gives the logits of all its prefixes."""
+        """The answer.  A right `guess` makes it fast: one pass over it gives the logits of all its prefixes."""
         self.layout = self.model.config.token_layout
         self.known = []
         self.ids, self.num_prompt = prompt + guess, len(prompt)

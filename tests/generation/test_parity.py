@@ -189,8 +189,8 @@ def test_greedy_answers_equal_the_release(models, case):
     model.set_attn_implementation("sdpa")
     answer = generate(model, case)
     if case["name"] == "prompt_ends_with_eoi":
-        # The release's logits processor opens its unconditional context at BOI and closes it at EOI. A prompt that ends
-        # in EOI makes it add that EOI to a context without BOI, so it differs from the answer's second image on.
+        # The release's logits processor opens its unconditional context at BOI and closes it at EOI. A prompt that
+        # ends in EOI makes it add that EOI to a context without BOI, which the answer's second image then sees.
         eoi = model.config.token_layout.eoi_token_id
         same = case["generated_ids"].index(eoi) + 1
         assert answer[:same] == case["generated_ids"][:same]
