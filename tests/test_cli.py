@@ -286,6 +286,7 @@ def test_mistakes_are_told_in_one_line(run, arguments, expected):
         (("convert", "--output", "new"), "--model"),
         (("convert", "--model", ".", "--output", "new", "--ouput", "x"), "--ouput"),
         (("paint",), "paint"),
+        (("--colour",), "--colour"),
     ],
 )
 def test_mistyped_commands_are_told_in_one_line(run, arguments, expected):

@@ -472,7 +472,6 @@ def test_memory_is_bounded_by_a_shard(make_tiny_model, tmp_path, dtype):
         convert(tmp_path / "model", tmp_path / "out", dtype=dtype, max_shard_size=shard, progress=False)
 
     peak = peak_memory(run)
-    sys.stderr.write(f"PEAK {peak / 1e6} {total / 1e6}\n")
     # One shard, one tensor in the making (at most 4 MB, and its copy), and what Python itself takes.
     assert peak < 2.5 * shard, f"{peak / 1e6:.0f} MB for shards of {shard / 1e6:.0f} MB of {total / 1e6:.0f} MB"
 

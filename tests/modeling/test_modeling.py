@@ -355,7 +355,6 @@ def test_generation_with_an_adapter(tiny_model, ids):
         assert torch.equal(adapted.generate(input_ids=ids, **settings).sequences, before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_models_generate(make_tiny_model, tmp_path, ids, bits):
     from transformers import BitsAndBytesConfig
