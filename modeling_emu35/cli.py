@@ -200,6 +200,7 @@ def _add_eval(add):
         "--sweep", type=_sweep, metavar="NAME=V,V,...", help="t2i at several values, like guidance_scale=1,1.5,2,3"
     )
     command.add_argument("--plot", metavar="FILE", help="draw what --sweep measures (needs matplotlib)")
+    command.add_argument("--samples", metavar="FILE", help="t2i: write a PNG of the first images and their sentences")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
     _add_model_options(command)
 
@@ -380,8 +381,11 @@ def _train(args: argparse.Namespace):
 def _eval(args: argparse.Namespace):
     output = None if args.output is None else _file_path(args.output)
     plot = None if args.plot is None else _image_path(args.plot, "--plot")
+    samples = None if args.samples is None else _image_path(args.samples, "--samples")
     if plot is not None and args.sweep is None:
         raise ValueError("--plot draws what --sweep measures. Give both.")
+    if samples is not None and (args.sweep is not None or args.task != "t2i"):
+        raise ValueError("--samples shows the images of --task t2i without --sweep.")
     about_images = _settings(args, "guidance_scale", "image_top_k", "sweep")
     if about_images and args.task != "t2i":
         raise ValueError(f"--{next(iter(about_images)).replace('_', '-')} is about making images: use --task t2i.")
@@ -391,7 +395,7 @@ def _eval(args: argparse.Namespace):
 
     if args.sweep is None:
         options = {"num_held_out": args.num_held_out, "batch_size": args.batch_size, "processor": processor}
-        result = evaluate(model, args.task, args.num, args.seed, **options, **settings)
+        result = evaluate(model, args.task, args.num, args.seed, samples_path=samples, **options, **settings)
     else:
         setting, values = args.sweep
         options = {"image_path": plot, "batch_size": args.batch_size}

@@ -19,10 +19,10 @@ GENERATION_MODES = ("text", "image", "interleaved")
 RELEASED_TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "t2i": {"guidance_scale": 5.0},
     "x2i": {"guidance_scale": 3.0},
-    "story": {"image_top_k": 10240},
-    "howto": {"image_top_k": 10240, "top_k": 200, "top_p": 0.8, "temperature": 0.7},
-    "explore": {"image_top_k": 10240},
-    "vla": {"image_top_k": 10240},
+    "story": {"image_top_k": 10240, "image_area": 720 * 720},
+    "howto": {"image_top_k": 10240, "image_area": 720 * 720, "top_k": 200, "top_p": 0.8, "temperature": 0.7},
+    "explore": {"image_top_k": 10240, "image_area": 720 * 720},
+    "vla": {"image_top_k": 10240, "image_area": 720 * 720},
 }
 RELEASED_DEFAULTS: dict[str, Any] = {
     "do_sample": True,
@@ -213,6 +213,13 @@ class Emu35GenerateOutput:
     answer_start: torch.LongTensor | None = None
     images: list[list[PIL.Image.Image]] | None = None
     num_forward_passes: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, row: int) -> torch.LongTensor:
+        """Ids of one row, as pipelines with `return_tensors=True` and trainers read them."""
+        return self.sequences[row]
 
     def to(self, device) -> "Emu35GenerateOutput":
         """A copy with its token ids on `device` (images stay where they are)."""

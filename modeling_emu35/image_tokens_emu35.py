@@ -45,7 +45,8 @@ def parse_size(size_ids: Sequence[int], layout: Emu35TokenLayout) -> tuple[int, 
             sides[-1].append(digit_of[token_id])
         else:
             return None
-    if len(sides) != 2 or not all(sides):
+    # No image has a side of ten digits, and Python refuses to read thousands of them.
+    if len(sides) != 2 or not all(0 < len(side) < 10 for side in sides):
         return None
     height, width = (int("".join(map(str, side))) for side in sides)
     return (height, width) if height and width else None

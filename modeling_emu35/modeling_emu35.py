@@ -1,6 +1,6 @@
 """The Emu3.5 decoder and its composite with the vision tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,9 @@ from .modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 
 #: Bytes of float32 logits that one chunk of the loss may hold.
 LOSS_CHUNK_BYTES = 128 * 2**20
+
+#: Pixels that go through the vision tokenizer together. The released one needs about 5 GiB for a million of them.
+PIXELS_PER_PASS = 1024 * 1024
 
 
 @dataclass
@@ -338,14 +341,20 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
             image[0] if image.ndim == 4 and len(image) == 1 else image
             for image in (pixel_values.unbind(0) if isinstance(pixel_values, torch.Tensor) else pixel_values)
         ]
-        return list(vision_tokenizer.encode([image.to(device, dtype) for image in images]))
+        codes = []
+        for batch in _batches(images, [image.shape[-2] * image.shape[-1] for image in images]):
+            codes += vision_tokenizer.encode([image.to(device, dtype) for image in batch])
+        return codes
 
     @torch.no_grad()
     def decode_image(self, codes: Sequence[torch.LongTensor]) -> list[torch.Tensor]:
         """Pixels `(3, H, W)` (range about [-1, 1], not clamped) of grids of codes `(h, w)` of any sizes."""
         vision_tokenizer = self._require_vision_tokenizer()
-        device = execution_device(vision_tokenizer)
-        return list(vision_tokenizer.decode([grid.to(device) for grid in codes]))
+        device, factor = execution_device(vision_tokenizer), vision_tokenizer.config.downsampling_factor
+        images = []
+        for batch in _batches(codes, [grid.numel() * factor**2 for grid in codes]):
+            images += vision_tokenizer.decode([grid.to(device) for grid in batch])
+        return images
 
     def resolve_image_tokens(self, pixel_values=None, **inputs) -> dict:
         """Replaces every image placeholder by the image's visual token, in `input_ids` and in all negative prompts.
@@ -370,6 +379,8 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
             ids = inputs[key]
             if ids is None:
                 continue
+            if not isinstance(ids, torch.Tensor):
+                raise TypeError(f"`{key}` must be a tensor, got {type(ids).__name__}. Ask the processor for tensors.")
             holes = ids == placeholder if placeholder is not None else torch.zeros_like(ids, dtype=torch.bool)
             num_holes = int(holes.sum())
             if num_holes == 0 and (visual_ids is None or key != "input_ids"):
@@ -400,9 +411,25 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
         for row, ids in enumerate(sequences.tolist()):
             image = last_image(ids, self.config.token_layout)
             if image is None or not image.complete:
-                raise ValueError(f"row {row} of `sequences` does not end in a complete image.")
+                raise ValueError(
+                    f"row {row} of `sequences` has no image, or the last one is not complete. Did `max_new_tokens` "
+                    "cut it?"
+                )
             grids.append(torch.tensor(image.codes).view(image.token_height, image.token_width))
         return self.decode_image(grids)
+
+
+def _batches(items: Sequence[torch.Tensor], pixels: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+    """Consecutive items, as many at a time as have `PIXELS_PER_PASS` pixels together (or one that has more)."""
+    batch, room = [], PIXELS_PER_PASS
+    for item, size in zip(items, pixels, strict=True):
+        if batch and size > room:
+            yield batch
+            batch, room = [], PIXELS_PER_PASS
+        batch.append(item)
+        room -= size
+    if batch:
+        yield batch
 
 
 def _is_plain_matrix(head: nn.Module, rows: int) -> bool:

@@ -22,6 +22,7 @@ from emu35.processing_emu35 import Emu35Processor
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .contact_sheet import contact_sheet
 from .shapes import (
     IMAGE_SIZE,
     Caption,
@@ -40,6 +41,7 @@ from .train_vision_tokenizer import evaluate_vision_tokenizer
 logger = logging.getLogger(__name__)
 
 TASKS = ("t2i", "vqa", "reconstruction")
+_NUM_SAMPLES = 12
 _STREAM = 90210  # keeps the scenes of an evaluation apart from those of training with the same seed
 
 
@@ -54,6 +56,7 @@ def evaluate(
     processor: Emu35Processor | None = None,
     device: str = "cpu",
     progress: bool = True,
+    samples_path: str | os.PathLike | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Accuracy of a model at a task.
@@ -70,6 +73,7 @@ def evaluate(
         processor ([`Emu35Processor`], *optional*): needed when `model` is not a path.
         device (`str`): where a model given by path is put.
         progress (`bool`): show a progress bar.
+        samples_path (`str` or `os.PathLike`, *optional*): "t2i": a PNG with the first images and their sentences.
         settings: further settings of `generate`, for example `image_top_k`.
     Returns:
         `dict` of plain values, rates in [0, 1]. "t2i": `whole_scene` (`all`, by number of objects, by caption),
@@ -78,6 +82,8 @@ def evaluate(
     Raises:
         ValueError: if the task is unknown, `num` is not positive, or `processor` is missing.
     """
+    if samples_path is not None and task != "t2i":
+        raise ValueError(f"`samples_path` shows images that were made, which `task`={task!r} does not. Leave it out.")
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
     if num < 1 or batch_size < 1:
@@ -104,7 +110,7 @@ def evaluate(
         "vqa": ("top_k", "top_p", "temperature", "do_sample"),
     }
     result["settings"] = {name: getattr(config, name) for name in names[task]}
-    run = _Evaluation(model, processor, seed, batch_size, settings, progress)
+    run = _Evaluation(model, processor, seed, batch_size, settings, progress, samples_path)
     measure = run.text_to_image if task == "t2i" else run.question_answering
     result |= measure(num, held_out=False)
     if num_held_out:
@@ -115,8 +121,10 @@ def evaluate(
 class _Evaluation:
     """One call of [`evaluate`]."""
 
-    def __init__(self, model, processor, seed: int, batch_size: int, settings: dict[str, Any], progress: bool):
-        self.model, self.processor = model, processor
+    def __init__(
+        self, model, processor, seed: int, batch_size: int, settings: dict[str, Any], progress: bool, samples_path
+    ):
+        self.model, self.processor, self.samples_path = model, processor, samples_path
         self.seed, self.batch_size, self.settings, self.progress = seed, batch_size, settings, progress
 
     def _scenes(self, num: int, held_out: bool) -> tuple[list[Scene], np.random.Generator]:
@@ -141,9 +149,13 @@ class _Evaluation:
         images: list[Image.Image | None] = []
         for batch, generator in self._batches(captions, "t2i"):
             images += self.draw([item.text for item in batch], generator)
+        marked = [_mark(item, image) for item, image in zip(captions, images, strict=True)]
+        if self.samples_path is not None and not held_out:
+            right = [marks["whole_scene"] for marks in marked]
+            shown = [part[:_NUM_SAMPLES] for part in (images, [item.text for item in captions], right)]
+            contact_sheet(*shown, self.samples_path)
         whole, aspects = defaultdict(list), defaultdict(list)
-        for index, (item, image) in enumerate(zip(captions, images, strict=True)):
-            marks = _mark(item, image)
+        for index, marks in enumerate(marked):
             kind = "full" if index // 3 % 2 == 0 else "partial"
             for key in ("all", f"{1 + index % 3}_objects", kind, f"{1 + index % 3}_objects_{kind}"):
                 whole[key].append(marks["whole_scene"])

@@ -44,6 +44,11 @@ class Reference:
         self.compute(self.ids)
         if self.negative is not None:
             self.compute(self.negative + self.images())
+        if self.negative_image is not None:
+            boi, eoi = self.layout.boi_token_id, self.layout.eoi_token_id
+            for begin in (index for index, token_id in enumerate(self.ids) if token_id == boi):
+                end = self.ids.index(eoi, begin) if eoi in self.ids[begin:] else len(self.ids)
+                self.compute(self.negative_image + self.ids[begin:end])
         self.ids = list(prompt)
         self.num_images = int(self.open_image() is not None)
         while len(self.ids) < len(prompt) + max_new_tokens:

@@ -125,6 +125,15 @@ def test_allowed_size_tokens(tiny_layout):
     assert allowed_size_tokens([digits[1], star, digits[5], digits[5]], tiny_layout) == [img]
 
 
+def test_parse_size(tiny_layout):
+    digits, star = tiny_layout.digit_token_ids, tiny_layout.size_separator_token_id
+    assert parse_size(tiny_layout.size_token_ids(5, 123), tiny_layout) == (5, 123)
+    for bad in ([], [star], [digits[1]], [digits[1], star], [star, digits[1]], [digits[0], star, digits[1]], [60]):
+        assert parse_size(bad, tiny_layout) is None
+    # Thousands of digits are more than Python reads as a number.
+    assert parse_size([*[digits[1]] * 5000, star, digits[1]], tiny_layout) is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -219,6 +228,8 @@ def test_ids_outside_the_vocabulary(model, prompt):
     for bad in (-1, size):
         with pytest.raises(ValueError, match=rf"`input_ids` holds {bad}, but the model's ids lie in \[0, {size}\)"):
             model.generate(torch.cat([prompt, torch.tensor([[bad]])], dim=1))
+    with pytest.raises(TypeError, match="`negative_prompt_ids` must be a tensor, got list"):
+        model.generate(prompt, negative_prompt_ids=prompt.tolist(), generation_mode="image", guidance_scale=2.0)
     with pytest.raises(ValueError, match="`negative_prompt_ids` holds"):
         model.generate(prompt, negative_prompt_ids=prompt + size, generation_mode="image", guidance_scale=2.0)
 
@@ -424,6 +435,7 @@ def test_released_defaults():
     config = Emu35GenerationConfig.released()
     assert (config.guidance_scale, config.image_top_k, config.top_k, config.top_p) == (3.0, 5120, 1024, 0.9)
     assert config.with_settings("t2i").guidance_scale == 5.0
+    assert config.with_settings("story").image_area == 720 * 720
     howto = config.with_settings("howto")
     assert (howto.image_top_k, howto.top_k, howto.top_p, howto.temperature) == (10240, 200, 0.8, 0.7)
 
@@ -506,6 +518,8 @@ def test_output():
     moved = output.to("meta")
     assert moved.sequences.device.type == moved.answer_start.device.type == "meta"
     assert (moved.images, moved.num_forward_passes) == ([["image"]], 3)
+    assert len(output) == 1
+    assert [ids.tolist() for ids in output] == [[1]]
 
 
 def test_no_warnings(tiny_model, tiny_processor, tmp_path):
@@ -554,6 +568,11 @@ def test_pipeline_text(any_to_any):
         assert isinstance(result[0]["generated_text"], str)
 
 
+def test_pipeline_tensors(any_to_any):
+    result = any_to_any(text="a red fox", max_new_tokens=4, return_tensors=True)
+    assert result[0]["generated_token_ids"].ndim == 1
+
+
 def test_pipeline_image(any_to_any):
     from PIL import Image
 
@@ -564,7 +583,7 @@ def test_pipeline_image(any_to_any):
     )
     assert isinstance(result[0]["generated_image"], Image.Image)
     assert result[0]["generated_image"].size == (12, 8)
-    message = "row 0 of `sequences` does not end in a complete image"
+    message = "row 0 of `sequences` has no image, or the last one is not complete"
     with pytest.raises(ValueError, match=message):
         any_to_any(
             text="a red fox", generation_mode="image", max_new_tokens=4, generate_kwargs={"height": 8, "width": 12}

@@ -438,6 +438,30 @@ def test_images_of_any_size_and_form(model):
     assert [tuple(image.shape) for image in decoded] == [(3, 8, 12), (3, 4, 12)]
 
 
+def test_many_images_go_through_in_several_passes(model, monkeypatch):
+    pixels = [torch.rand(3, 4 * (1 + index % 2), 8) * 2 - 1 for index in range(5)]
+    expected = [model.encode_image([image])[0] for image in pixels]
+    sizes = []
+    vision_tokenizer = model.vision_tokenizer
+    for name in ("encode", "decode"):
+        original = getattr(type(vision_tokenizer), name)
+
+        def recorded(images, original=original):
+            sizes.append(len(images))
+            return original(vision_tokenizer, images)
+
+        monkeypatch.setattr(vision_tokenizer, name, recorded, raising=False)
+    monkeypatch.setattr("emu35.modeling_emu35.PIXELS_PER_PASS", 100)  # images of 32 and 64 pixels
+    codes = model.encode_image(pixels)
+    images = model.decode_image(codes)
+    assert sizes == [2, 2, 1, 2, 2, 1]
+    assert all(torch.equal(got, wanted) for got, wanted in zip(codes, expected, strict=True))
+    assert [image.shape for image in images] == [image.shape for image in pixels]
+    monkeypatch.setattr("emu35.modeling_emu35.PIXELS_PER_PASS", 1)
+    assert len(model.encode_image(pixels)) == 5
+    assert model.encode_image([]) == model.decode_image([]) == []
+
+
 def test_decode_image_tokens(model, ids):
     layout = model.config.token_layout
     grids = [torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7]])]
@@ -448,9 +472,9 @@ def test_decode_image_tokens(model, ids):
         images = model.decode_image_tokens(given)
         for image, grid in zip(images, grids, strict=True):
             close(image, model.decode_image([grid])[0])
-    with pytest.raises(ValueError, match="row 0 of `sequences` does not end in a complete image"):
+    with pytest.raises(ValueError, match="row 0 of `sequences` has no image"):
         model.decode_image_tokens(torch.tensor([pad]))
-    with pytest.raises(ValueError, match="row 1 of `sequences` does not end in a complete image"):
+    with pytest.raises(ValueError, match="row 1 of `sequences` has no image, or the last one is not complete"):
         model.decode_image_tokens(torch.tensor([[60, *first], [60, *first[:-1], 60]]))
 
 
