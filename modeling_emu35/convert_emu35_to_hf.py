@@ -430,14 +430,23 @@ def _command_line(arguments: list[str] | None = None) -> None:
     package = logging.getLogger("emu35")
     package.addHandler(logging.StreamHandler())
     package.setLevel(logging.INFO)
+    stopped = False
+
+    def stop(number, frame):
+        nonlocal stopped
+        stopped = True
+        signal.default_int_handler(number, frame)
+
     # Being asked to end is an interrupt like Ctrl-C, so that the unfinished folder is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main(args)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, StrictDataclassError, KeyboardInterrupt) as error:
+        # Where the interrupt meets a library that is busy, it may come out as that library's error.
+        if stopped:
+            parser.exit(130, f"interrupted; {args.output} was not made\n")
         parser.exit(1, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"interrupted; {args.output} was not made\n")
 
 
 if __name__ == "__main__":

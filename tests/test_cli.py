@@ -204,10 +204,18 @@ def test_describe_prints_the_answer_and_nothing_else(run, picture, checkpoint):
     result = model.generate(**inputs, generation_mode="text", do_sample=False, max_new_tokens=8)
     segments = processor.post_process_multimodal_output(result)[0]
     assert out.strip() == "".join(segment.text for segment in segments if segment.kind == "text").strip()
-    other = run("describe", picture, "--max-new-tokens", 8, "--question", "what color is the fox?")[1]
-    assert other != out
     sampled = [run("describe", picture, "--max-new-tokens", 8, "--temperature", 2, "--seed", s)[1] for s in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_question_reaches_the_prompt(run, picture, monkeypatch):
+    asked = []
+    call = Emu35Processor.__call__
+    monkeypatch.setattr(
+        Emu35Processor, "__call__", lambda self, **kwargs: asked.append(kwargs["text"]) or call(self, **kwargs)
+    )
+    assert run("describe", picture, "--max-new-tokens", 1, "--question", "what color is the fox?")[0] == 0
+    assert asked == ["what color is the fox?"]
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

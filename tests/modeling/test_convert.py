@@ -506,8 +506,9 @@ def test_stopped_process_leaves_nothing(make_tiny_model, tmp_path):
         time.sleep(0.002)
     assert process.poll() is None, process.stderr.read()
     process.terminate()
-    assert process.wait(timeout=120) == 130
-    assert "interrupted; out was not made" in process.stderr.read()
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, errors
+    assert "interrupted; out was not made" in errors
     assert_nothing_left(tmp_path, "model")
 
 
