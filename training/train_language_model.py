@@ -124,7 +124,7 @@ class LanguageModelTrainer:
                 values = {name: float(value.detach()) for name, value in losses.items()}
                 values |= {"tokens": batch.num_tokens, "sequences": batch.num_sequences}
         average_gradients_(self.trainable)
-        self.optimizer.step(self.recipe.optimizer.scale(step, self.recipe.num_steps))
+        self.optimizer.step(self.recipe.learning_rate_scale(step))
         return values
 
     def decoder_state(self) -> dict[str, torch.Tensor]:

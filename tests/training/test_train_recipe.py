@@ -86,3 +86,16 @@ def test_stage_at():
     assert [recipe.stage_at(step).name for step in range(5)] == ["a", "a", "b", "b", "b"]
     with pytest.raises(ValueError, match="past the last stage"):
         recipe.stage_at(5)
+
+
+def test_a_new_cycle_begins_with_a_warm_up():
+    first = {"name": "a", "steps": 100, "mixture": {"t2i": 1}}
+    second = {"name": "b", "steps": 50, "mixture": {"vqa": 1}, "new_cycle": True, "learning_rate_scale": 0.5}
+    recipe = recipe_from_dict(minimal(stages=[first, second], optimizer={"warmup_steps": 10, "decay": 0.4}))
+    scales = [recipe.learning_rate_scale(step) for step in range(150)]
+    assert scales[:100] == [recipe.optimizer.scale(step, 100) for step in range(100)]
+    assert scales[100] == pytest.approx(0.05)
+    assert scales[120] == 0.5
+    assert scales[149] == pytest.approx(0.025)
+    with pytest.raises(ValueError, match="past the last stage"):
+        recipe.learning_rate_scale(150)
