@@ -196,6 +196,7 @@ def _add_eval(add):
     command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: %(default)s")
     command.add_argument("--guidance-scale", type=float, metavar="X", help="default: the checkpoint's")
     command.add_argument("--image-top-k", type=int, metavar="K", help="default: the checkpoint's")
+    command.add_argument("--image-top-p", type=float, metavar="P", help="default: the checkpoint's")
     command.add_argument(
         "--sweep", type=_sweep, metavar="NAME=V,V,...", help="t2i at several values, like guidance_scale=1,1.5,2,3"
     )
@@ -386,10 +387,10 @@ def _eval(args: argparse.Namespace):
         raise ValueError("--plot draws what --sweep measures. Give both.")
     if samples is not None and (args.sweep is not None or args.task != "t2i"):
         raise ValueError("--samples shows the images of --task t2i without --sweep.")
-    about_images = _settings(args, "guidance_scale", "image_top_k", "sweep")
+    about_images = _settings(args, "guidance_scale", "image_top_k", "image_top_p", "sweep")
     if about_images and args.task != "t2i":
         raise ValueError(f"--{next(iter(about_images)).replace('_', '-')} is about making images: use --task t2i.")
-    settings = _settings(args, "guidance_scale", "image_top_k")
+    settings = _settings(args, "guidance_scale", "image_top_k", "image_top_p")
     model, processor = _load(args)
     from emu35.training.evaluate import evaluate, sweep
 
