@@ -12,6 +12,7 @@ sample_question(scene, rng)  # Question(text="what color is the small ring?", an
 """
 
 from .checker import ReadObject, ReadScene, read_scene, read_scenes
+from .episode import Episode, GlobalThought, ImageThought, Piece, Said, Turn
 from .language import Caption, caption, describe_text
 from .meaning import RELATIONS, Described, Meaning, Relation, meaning_of, relation_holds
 from .parsing import parse_caption
@@ -28,6 +29,7 @@ from .scene import (
     POSITIONS,
     SHAPES,
     SIZES,
+    Frame,
     Scene,
     SceneObject,
     position_cell,
@@ -53,13 +55,20 @@ __all__ = [
     "VOCABULARY",
     "Caption",
     "Described",
+    "Episode",
+    "Frame",
+    "GlobalThought",
+    "ImageThought",
     "Meaning",
+    "Piece",
     "Question",
     "ReadObject",
     "ReadScene",
     "Relation",
+    "Said",
     "Scene",
     "SceneObject",
+    "Turn",
     "caption",
     "describe",
     "describe_text",

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from .scene import BACKGROUNDS, CELL_SIZE, COLORS, IMAGE_SIZE, SHAPES, SIZES, Scene
+from .scene import BACKGROUNDS, CELL_SIZE, COLORS, IMAGE_SIZE, SHAPES, SIZES, Frame
 
 _SUPERSAMPLING = 8
 
@@ -61,8 +61,8 @@ def _canvas(background: str) -> np.ndarray:
     return np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUNDS[background], dtype=np.uint8)
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Draw a scene; the same scene always gives the same bytes.
+def render(scene: Frame) -> np.ndarray:
+    """Draw a scene or any frame; the same one always gives the same bytes.
 
     Returns:
         `np.ndarray` of shape `(IMAGE_SIZE, IMAGE_SIZE, 3)`: RGB, uint8, writable and not shared.
@@ -74,6 +74,6 @@ def render(scene: Scene) -> np.ndarray:
     return pixels
 
 
-def to_image(scene: Scene) -> Image.Image:
+def to_image(scene: Frame) -> Image.Image:
     """[`render`] as a PIL image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels."""
     return Image.fromarray(render(scene))

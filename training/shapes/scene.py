@@ -107,16 +107,12 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """1 to 3 objects in cells of their own over a flat `background`.
-
-    No two objects share colour, shape and size, so that language alone can tell them apart. [`sample_scene`] puts
-    objects in reading order; two scenes compare equal only if their objects stand in the same order.
+class Frame:
+    """Any picture of the world: objects in cells of their own over a flat `background`, perhaps none at all.
 
     Raises:
         TypeError: if `objects` is no tuple.
-        ValueError: if the background is unknown, or the number of objects, their cells or their looks break the rules
-        above.
+        ValueError: if the background is unknown or two objects share a cell.
     """
 
     objects: tuple[SceneObject, ...]
@@ -127,10 +123,25 @@ class Scene:
             raise TypeError(f"`objects` must be a tuple of SceneObject, got {type(self.objects).__name__}.")
         if self.background not in BACKGROUNDS:
             raise ValueError(f"`background` must be one of {', '.join(BACKGROUNDS)}, got {self.background!r}.")
-        if not 1 <= len(self.objects) <= MAX_OBJECTS:
-            raise ValueError(f"`objects` must hold 1 to {MAX_OBJECTS} objects, got {len(self.objects)}.")
         if len({(o.row, o.column) for o in self.objects}) < len(self.objects):
             raise ValueError(f"`objects` must stand in cells of their own, got {[o.position for o in self.objects]}.")
+
+
+@dataclass(frozen=True)
+class Scene(Frame):
+    """1 to 3 objects that language alone can tell apart: no two share colour, shape and size.
+
+    [`sample_scene`] puts objects in reading order; two scenes compare equal only if their objects stand in the same
+    order.
+
+    Raises:
+        TypeError, ValueError: as [`Frame`], and if the number of objects or their looks break the rules above.
+    """
+
+    def __post_init__(self):
+        if isinstance(self.objects, tuple) and not 1 <= len(self.objects) <= MAX_OBJECTS:
+            raise ValueError(f"`objects` must hold 1 to {MAX_OBJECTS} objects, got {len(self.objects)}.")
+        super().__post_init__()
         if len({(o.color, o.shape, o.size) for o in self.objects}) < len(self.objects):
             raise ValueError("`objects` must differ in color, shape or size; two of them look the same.")
 
