@@ -10,7 +10,16 @@ from .image_processing_emu35 import Emu35ImageProcessor, smart_resize
 from .modeling_emu35 import Emu35ForConditionalGeneration, Emu35Model
 from .modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 from .processing_emu35 import Emu35Processor
-from .segments_emu35 import GlobalThought, Image, ImageThought, Text
+from .segments_emu35 import GlobalThought, Image, ImageThought, Segments, Text
+from .streaming_emu35 import (
+    Emu35Streamer,
+    End,
+    ImageFinished,
+    ImageProgress,
+    ImageStarted,
+    TextPiece,
+    ThoughtPiece,
+)
 
 #: Path of the tiny checkpoint that is shipped with the package.
 TINY = str(files("emu35.model_cards") / "emu35-tiny")
@@ -37,13 +46,21 @@ __all__ = [
     "Emu35ImageProcessor",
     "Emu35Model",
     "Emu35Processor",
+    "Emu35Streamer",
     "Emu35TextConfig",
     "Emu35TokenLayout",
     "Emu35VisionTokenizer",
     "Emu35VisionTokenizerConfig",
+    "End",
     "GlobalThought",
     "Image",
+    "ImageFinished",
+    "ImageProgress",
+    "ImageStarted",
     "ImageThought",
+    "Segments",
     "Text",
+    "TextPiece",
+    "ThoughtPiece",
     "smart_resize",
 ]

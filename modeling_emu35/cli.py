@@ -96,6 +96,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     _add_generate(add)
     _add_describe(add)
+    _add_story(add)
     add(
         "convert",
         _convert,
@@ -158,6 +159,38 @@ def _add_describe(add):
     command.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: %(default)s")
     command.add_argument(
         "--temperature", type=float, metavar="T", help="sample the answer; default: always the likeliest token"
+    )
+    _add_model_options(command)
+
+
+def _add_story(add):
+    command = add(
+        "story",
+        _story,
+        "make an answer of text and images, shown while it comes and saved as a page",
+        'emu35 story "a small red circle travels to the right" -o story',
+    )
+    command.add_argument("prompt", help="what to tell, to explain, to explore or to do")
+    command.add_argument(
+        "-o", "--output", default="story", metavar="DIR", help="folder for the page and its images (default: story)"
+    )
+    command.add_argument(
+        "--task", choices=("story", "howto", "explore", "vla"), default="story", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what the answer starts from; repeat it for several",
+    )
+    command.add_argument("--max-images", type=_positive, metavar="N", help="default: the checkpoint's")
+    command.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the checkpoint's")
+    command.add_argument("--guidance-scale", type=float, metavar="X", help="1: off; default: the checkpoint's")
+    command.add_argument(
+        "--interactive",
+        action="store_true",
+        help="go on after each answer with the next line of standard input; an empty one ends",
     )
     _add_model_options(command)
 
@@ -353,6 +386,72 @@ def _describe(args: argparse.Namespace):
     print("".join(segment.text for segment in segments if segment.kind == "text").strip())
 
 
+def _story(args: argparse.Namespace):
+    folder = _folder_path(args.output)
+    import torch
+    from emu35.cli_tools_emu35 import StoryDisplay
+    from emu35.segments_emu35 import Segments, Text, iter_images
+    from emu35.streaming_emu35 import Emu35Streamer, End
+
+    model, processor = _load(args)
+    if model.vision_tokenizer is None:
+        raise ValueError("the checkpoint cannot show images. Name a vision tokenizer with --vision-tokenizer.")
+    messages = [{"role": "user", "content": [*({"type": "image", "path": path} for path in args.image), args.prompt]}]
+    settings = _settings(args, "max_images", "max_new_tokens", "guidance_scale")
+    generator = torch.Generator().manual_seed(args.seed)
+    story = Segments()
+
+    def save(segments: Segments) -> Path:
+        return segments.save(folder, prompt=args.prompt, reference_images=args.image)
+
+    def save_image(number: int, picture: Any) -> Path:
+        path = folder / f"image-{number:02d}.png"
+        _write(path, lambda temporary: picture.save(temporary))
+        return path
+
+    def answer() -> Emu35Streamer:
+        """Shows the next answer while it comes, and keeps what there is of it even if that ends early."""
+        inputs = processor.apply_chat_template(messages, task=args.task, return_tensors="pt").to(model.device)
+        streamer = Emu35Streamer(processor)
+        display = StoryDisplay(save_image, num_images=len(list(iter_images(story))))
+        options = {"task": args.task, "generation_mode": "interleaved", "generator": generator, **settings}
+        try:
+            with display, streamer.run(model, **inputs, **options) as events:
+                for number, event in enumerate(events):
+                    if number == 0 and not story and not isinstance(event, End):
+                        save(story)  # clears the folder, or refuses it while little is lost
+                    display.show(event)
+            if event.reason == "length":
+                print("the answer has reached its limit: see --max-new-tokens", file=sys.stderr)
+        finally:
+            story.extend(streamer.segments)
+        return streamer
+
+    try:
+        while True:
+            streamer = answer()
+            instruction = _read_instruction() if args.interactive else ""
+            if not instruction:
+                break
+            segments, output = streamer.segments, streamer.output
+            said = output.sequences[0, output.answer_start[0] :]
+            if not all(image.complete for image in iter_images(segments)):
+                said = [one for one in segments if one.kind != "image" or one.complete]
+            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": instruction}]
+            story.append(Text(f"\n\n> {instruction}\n\n"))
+    finally:
+        if story:
+            now = time.perf_counter()
+            print(f"{save(story) / 'index.html'}: seed {args.seed}; {now - _STARTED:.1f} s in all")
+
+
+def _read_instruction() -> str:
+    """The next line of standard input, empty at its end."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    return sys.stdin.readline().strip()
+
+
 def _convert(args: argparse.Namespace):
     from emu35.convert_emu35_to_hf import add_arguments
     from emu35.convert_emu35_to_hf import main as convert
@@ -446,6 +545,16 @@ def _file_path(name: str, option: str = "--output") -> Path:
     path = Path(name)
     if path.is_dir():
         raise IsADirectoryError(f"{option} {name} is a folder. Name a file in it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {name}: there is no folder {path.parent}. Make it first.")
+    return path
+
+
+def _folder_path(name: str, option: str = "--output") -> Path:
+    """Where a folder will be, checked before the work that fills it."""
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{option} {name} is a file. Name a folder.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option} {name}: there is no folder {path.parent}. Make it first.")
     return path

@@ -1,10 +1,12 @@
 """What the commands of `cli.py` share: choosing a device, loading a checkpoint, showing progress."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from PIL import Image
@@ -17,6 +19,7 @@ from .image_processing_emu35 import Emu35ImageProcessor
 from .image_tokens_emu35 import parse_size
 from .modeling_emu35 import Emu35ForConditionalGeneration
 from .processing_emu35 import Emu35Processor
+from .streaming_emu35 import Event, ImageFinished, ImageProgress, ImageStarted, TextPiece, ThoughtPiece
 from .tokenization_emu35 import TIKTOKEN_FILE, tokenizer_from_qwen, tokenizer_from_tiktoken
 
 
@@ -146,6 +149,90 @@ def progress(model: Emu35ForConditionalGeneration, what: str, num_answers: int =
             yield None
         finally:
             hook.remove()
+
+
+#: What a model writes must not steer the terminal: no control characters but tab and new line.
+_STEERING = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+_DIM, _RESET = "\033[2m", "\033[0m"
+
+
+class StoryDisplay:
+    """Shows the events of a streamer on the terminal: thoughts dimmed, the rows of an image as they come.
+
+    Without a terminal there is no dimming and no progress.
+
+    Args:
+        save_image: writes an image, given its number from 1 on, and returns where it is.
+        num_images (`int`): images of earlier answers.
+        out (`TextIO`, *optional*): default: standard output.
+    """
+
+    def __init__(self, save_image: Callable[[int, Image.Image], Path], num_images: int = 0, out: TextIO | None = None):
+        self.save_image, self.num_images = save_image, num_images
+        self.out = sys.stdout if out is None else out
+        self.can_dim = self.out.isatty() and not os.environ.get("NO_COLOR")
+        self.bar: tqdm | None = None
+        self.speaking: type[Event] | None = None
+        self.line_is_open = False
+
+    def __enter__(self) -> "StoryDisplay":
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        self._end_line()
+
+    def show(self, event: Event):
+        """Shows one event; writes the image that it brings."""
+        if isinstance(event, (TextPiece, ThoughtPiece)):
+            self._speak(event)
+        elif isinstance(event, ImageStarted):
+            self._end_line()
+            self.bar = tqdm(
+                desc=f"image {self._number(event)}",
+                total=event.token_height,
+                bar_format="{desc}: {n_fmt}/{total_fmt} rows",
+                disable=None,
+                leave=False,
+            )
+        elif isinstance(event, ImageProgress):
+            if self.bar is not None:
+                self.bar.update(event.num_rows - self.bar.n)
+        else:
+            self.__exit__()
+            if isinstance(event, ImageFinished):
+                self._write(self._outcome(event) + "\n")
+
+    def _number(self, event: ImageStarted | ImageFinished) -> int:
+        return self.num_images + event.index + 1
+
+    def _outcome(self, event: ImageFinished) -> str:
+        if not event.complete:
+            return f"image {self._number(event)} is incomplete: {event.reason}"
+        path = self.save_image(self._number(event), event.image)
+        return f"{path}: {event.image.width} x {event.image.height} pixels"
+
+    def _speak(self, piece: TextPiece | ThoughtPiece):
+        text = piece.text.translate(_STEERING)
+        if type(piece) is not self.speaking:
+            self._end_line()
+            text = text.lstrip()
+        if text:
+            self.speaking, self.line_is_open = type(piece), not text.endswith("\n")
+            dim = self.can_dim and isinstance(piece, ThoughtPiece)
+            self._write(f"{_DIM}{text}{_RESET}" if dim else text)
+
+    def _end_line(self):
+        if self.line_is_open:
+            self._write("\n")
+        self.speaking, self.line_is_open = None, False
+
+    def _write(self, text: str):
+        encoding = self.out.encoding or "utf-8"  # which may lack characters
+        self.out.write(text.encode(encoding, "replace").decode(encoding))
+        self.out.flush()
 
 
 def side_by_side(pictures: list[Image.Image]) -> Image.Image:

@@ -38,6 +38,17 @@ class TokenStream:
     def empty(cls, model, rows: int, device) -> "TokenStream":
         return cls(model, *pad_left([[]] * rows, device))
 
+    @classmethod
+    def of_cache(cls, model, cache: DynamicCache, length: int, device) -> "TokenStream":
+        """One row that holds the first `length` columns of a cache without holes, which stays as it is."""
+        stream = cls.empty(model, 1, device)
+        stream._set_cached_mask(torch.ones(1, length, dtype=torch.bool, device=device))
+        stream.cache = DynamicCache(config=model.model.config)
+        for number, (layer, module) in enumerate(zip(cache.layers, model.model.layers, strict=True)):
+            where = execution_device(module)
+            stream.cache.update(layer.keys[:, :, :length].to(where), layer.values[:, :, :length].to(where), number)
+        return stream
+
     @property
     def num_cached(self) -> int:
         """Columns in the cache."""
@@ -182,22 +193,81 @@ def _stack_caches(config, streams: Sequence[TokenStream], length: int) -> Dynami
 
 
 @dataclass
+class CachedPrefix:
+    """Token ids, and a cache of one row with their keys and values (one column an id)."""
+
+    ids: list[int]
+    cache: DynamicCache = field(repr=False)
+
+    def num_shared(self, ids: Sequence[int]) -> int:
+        """How many ids at the beginning are the same."""
+        both = zip(self.ids, ids, strict=False)
+        return next((index for index, (own, other) in enumerate(both) if own != other), min(len(self.ids), len(ids)))
+
+
+@dataclass
+class GenerationCache:
+    """What `generate` computed, for another call that goes on from there.
+
+    A `DynamicCache` holds one sequence a row; here every row has one a guidance stream, of different lengths.
+
+    Attributes:
+        rows (`list[list[CachedPrefix]]`): `rows[row][stream]`, the conditional stream first.
+    """
+
+    rows: list[list[CachedPrefix]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def check(self, model, prompts: Sequence[Sequence[int]]):
+        """Raises a ValueError unless this cache is of this model, and row for row of the beginning of these prompts.
+
+        A prompt may also end before its cache does; the rest is then dropped.
+        """
+        if len(self) != len(prompts):
+            raise ValueError(f"`past_key_values` has {len(self)} rows for {len(prompts)} prompts.")
+        config = model.config.text_config
+        expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        for row, (streams, prompt) in enumerate(zip(self.rows, prompts, strict=True)):
+            for layers in (prefix.cache.layers for prefix in streams):
+                found = (len(layers), layers[0].keys.shape[1], layers[0].keys.shape[3])
+                if found != expected:
+                    raise ValueError(
+                        "`past_key_values` is of another model: (layers, key-value heads, head size) are "
+                        f"{found}, here {expected}."
+                    )
+            ids = streams[0].ids if streams else []
+            place = streams[0].num_shared(prompt) if streams else 0
+            if place < min(len(ids), len(prompt)):
+                raise ValueError(
+                    f"`past_key_values` does not belong to `input_ids`: row {row} differs at position {place} "
+                    f"(padding not counted), where the cache has the id {ids[place]} and the prompt {prompt[place]}. "
+                    "Pass the ids it was returned with, or leave the cache out."
+                )
+
+
+@dataclass
 class ImageRequest:
     """One grid to fill for each row of a batch.
 
     Args:
         token_height, token_width (`int`): the grid.
-        given (`list[list[int]]`): codes each row already has, row after row.
-        num_cached (`int`): how many of them every row's stream already holds.
+        given (`torch.LongTensor` of shape `(batch, token_height * token_width)`):
+            codes that are settled, row after row; -1 where one is to be made. On the CPU.
+        num_cached (`int`): how many of the first ones, all of them settled, every row's stream already holds.
         sampler (`Sampler`), guidance_scale, image_guidance_scale: how a visual token is chosen.
         generator: one for the batch or one a row.
         max_codes (`int`, *optional*): stop after that many codes of the grid.
-        on_codes (`Callable`, *optional*): called with `(batch,)` codes as they come.
+        on_codes (`Callable`, *optional*):
+            called with the `(batch,)` codes of one position, in order, from position `num_cached` on, as they come.
+        should_stop (`Callable`, *optional*):
+            asked after every pass and after every call of `on_codes`; `True`: return with the codes there are.
     """
 
     token_height: int
     token_width: int
-    given: list[list[int]]
+    given: torch.LongTensor
     num_cached: int
     sampler: Sampler
     guidance_scale: float = 1.0
@@ -205,17 +275,22 @@ class ImageRequest:
     generator: Generators = None
     max_codes: int | None = None
     on_codes: Callable[[torch.LongTensor], None] | None = field(default=None, repr=False)
+    should_stop: Callable[[], bool] | None = field(default=None, repr=False)
 
     def generators_at(self, index: int) -> Generators:
         """Generators for the draw of code `index`: none for rows that have this code, in whatever batch."""
         if not isinstance(self.generator, Sequence):
             return self.generator
-        return [None if index < len(codes) else one for codes, one in zip(self.given, self.generator, strict=True)]
+        settled = (self.given[:, index] >= 0).tolist()
+        return [None if skip else one for skip, one in zip(settled, self.generator, strict=True)]
 
 
 @torch.no_grad()
 def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.LongTensor:
     """The `ar` decoder: one pass a code; an EOL rides along with the code before it, so it costs no pass of its own.
+
+    Neither does a code that is given in all rows. Given codes are put in their places as these come: what stands
+    before them was made without knowing them.
 
     Args:
         stream (`TokenStream`):
@@ -229,33 +304,30 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
     num_streams = stream.num_rows // batch
     total = request.token_height * request.token_width
     stop = total if request.max_codes is None else min(total, request.max_codes)
-    first = request.num_cached
-    given, is_given = _pad_right([codes[first:] for codes in request.given], device)
-    columns = [torch.tensor([codes[:first] for codes in request.given], dtype=torch.long, device=device)]
+    given = request.given.to(device)
+    settled_in_all = (request.given >= 0).all(0).tolist()
+    settled_in_none = (request.given < 0).all(0).tolist()
+    columns = [given[:, : request.num_cached]]
     end_of_line = torch.full((stream.num_rows, 1), layout.eol_token_id, dtype=torch.long, device=device)
     damaged = torch.zeros(batch, dtype=torch.bool, device=device)
-    for index in range(first, stop):
-        logits = model.compute_logits(stream.advance(), vocabulary="visual").chunk(num_streams)
-        scores = guide(logits, request.guidance_scale, request.image_guidance_scale).to(device)
-        codes = request.sampler(scores, request.generators_at(index))
-        damaged |= is_damaged(scores)
-        if index - first < given.shape[1]:
-            codes = torch.where(is_given[:, index - first], given[:, index - first], codes)
+    for index in range(request.num_cached, stop):
+        codes = given[:, index]
+        if not settled_in_all[index]:
+            logits = model.compute_logits(stream.advance(), vocabulary="visual").chunk(num_streams)
+            scores = guide(logits, request.guidance_scale, request.image_guidance_scale).to(device)
+            drawn = request.sampler(scores, request.generators_at(index))
+            damaged |= is_damaged(scores)
+            codes = drawn if settled_in_none[index] else torch.where(codes < 0, drawn, codes)
         columns.append(codes[:, None])
         stream.append((codes + layout.visual_token_offset).repeat(num_streams)[:, None])
         if (index + 1) % request.token_width == 0 and index + 1 < total:
             stream.append(end_of_line)
         if request.on_codes is not None:
             request.on_codes(codes)
+        if request.should_stop is not None and request.should_stop():
+            break
     check_scores(damaged)  # once: asking at every step would keep the device waiting
     return torch.cat(columns, dim=1)
-
-
-def _pad_right(rows: Sequence[Sequence[int]], device) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], dtype=torch.long, device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids.view(len(rows), length), torch.arange(length, device=device) < lengths[:, None]
 
 
 #: Name -> decoder.

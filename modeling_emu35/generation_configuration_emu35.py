@@ -2,27 +2,31 @@
 
 import copy
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import PIL.Image
 import torch
 from transformers.generation import GenerationConfig
 
+from .decoding_emu35 import GenerationCache
 from .prompts_emu35 import get_template
 
 GENERATION_MODES = ("text", "image", "interleaved")
 
+_INTERLEAVED = {"generation_mode": "interleaved", "image_top_k": 10240, "image_area": 720 * 720}
 #: What the release uses for each task where it differs from the values of `RELEASED_DEFAULTS` (its example
 #: configurations).
 RELEASED_TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "t2i": {"guidance_scale": 5.0},
-    "x2i": {"guidance_scale": 3.0},
-    "story": {"image_top_k": 10240, "image_area": 720 * 720},
-    "howto": {"image_top_k": 10240, "image_area": 720 * 720, "top_k": 200, "top_p": 0.8, "temperature": 0.7},
-    "explore": {"image_top_k": 10240, "image_area": 720 * 720},
-    "vla": {"image_top_k": 10240, "image_area": 720 * 720},
+    "t2i": {"generation_mode": "image", "guidance_scale": 5.0},
+    "x2i": {"generation_mode": "image", "guidance_scale": 3.0},
+    "story": dict(_INTERLEAVED),
+    "howto": {**_INTERLEAVED, "top_k": 200, "top_p": 0.8, "temperature": 0.7},
+    "explore": dict(_INTERLEAVED),
+    "vla": dict(_INTERLEAVED),
+    "chat": dict(_INTERLEAVED),
+    "vqa": {"generation_mode": "text"},
 }
 RELEASED_DEFAULTS: dict[str, Any] = {
     "do_sample": True,
@@ -207,12 +211,21 @@ class Emu35GenerateOutput:
             where each answer begins in `sequences`; where the prompt ended inside an image, that image's BOI.
         images (`list[list[PIL.Image.Image]]`): complete images of each answer; `None` without a vision tokenizer.
         num_forward_passes (`int`): passes through the decoder (each serves all rows and guidance streams of a batch).
+        attention_mask (`torch.LongTensor` of shape `(batch, length)`): 1 on the tokens of prompts and answers.
+        finished (`torch.BoolTensor` of shape `(batch,)`):
+            whether an answer came to its own end (EOS; in image mode the image's end), not to a limit or a stop.
+        past_key_values (`GenerationCache`): what was computed, if `return_past_key_values=True`.
+        negative_prompts (`dict[str, torch.Tensor]`): the arguments `negative_...` of the call, a row for each answer.
     """
 
     sequences: torch.LongTensor | None = None
     answer_start: torch.LongTensor | None = None
     images: list[list[PIL.Image.Image]] | None = None
     num_forward_passes: int | None = None
+    attention_mask: torch.LongTensor | None = None
+    finished: torch.BoolTensor | None = None
+    past_key_values: GenerationCache | None = field(default=None, repr=False)
+    negative_prompts: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -223,12 +236,47 @@ class Emu35GenerateOutput:
 
     def to(self, device) -> "Emu35GenerateOutput":
         """A copy with its token ids on `device` (images stay where they are)."""
-        return Emu35GenerateOutput(
-            sequences=self.sequences.to(device),
-            answer_start=self.answer_start.to(device),
-            images=self.images,
-            num_forward_passes=self.num_forward_passes,
-        )
+        moved = {
+            name: None if getattr(self, name) is None else getattr(self, name).to(device)
+            for name in ("sequences", "answer_start", "attention_mask", "finished")
+        }
+        negatives = self.negative_prompts
+        if negatives is not None:
+            negatives = {name: tensor.to(device) for name, tensor in negatives.items()}
+        return replace(self, **moved, negative_prompts=negatives)
+
+    def next_inputs(self, new_ids: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:
+        """Arguments of a `generate` call that goes on from here: `model.generate(**output.next_inputs(), ...)`.
+
+        With the same settings and generators it gives what one longer run would have given; rows whose answer has
+        come to its end stay as they are. Sampled batches need one generator a row for that, since rows that share
+        one get their numbers in the order of the batch's steps.
+
+        Args:
+            new_ids (`Sequence[Sequence[int]]`, *optional*):
+                ids that follow each row first, such as the user's next turn up to BSS.
+        Returns:
+            `dict`: `input_ids` and `attention_mask` (padded on the left), the negative prompts, and `past_key_values`
+            if there are any. The unconditional streams find the images made so far in `input_ids`.
+        Raises:
+            ValueError: if `new_ids` has another number of rows.
+        """
+        rows = [ids[mask.bool()] for ids, mask in zip(self.sequences, self.attention_mask, strict=True)]
+        if new_ids is not None:
+            if len(new_ids) != len(rows):
+                raise ValueError(f"`new_ids` has {len(new_ids)} rows for {len(rows)} answers.")
+            rows = [torch.cat([ids, ids.new_tensor(list(new))]) for ids, new in zip(rows, new_ids, strict=True)]
+        length = max(map(len, rows))
+        padding = self.sequences[self.attention_mask == 0]
+        input_ids = self.sequences.new_full((len(rows), length), int(padding[0]) if len(padding) else 0)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            input_ids[row, length - len(ids) :] = ids
+            attention_mask[row, length - len(ids) :] = 1
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(self.negative_prompts or {})}
+        if self.past_key_values is not None:
+            inputs["past_key_values"] = self.past_key_values
+        return inputs
 
 
 def grid_for_aspect_ratio(aspect_ratio: str, area: int, factor: int) -> tuple[int, int]:

@@ -5,19 +5,18 @@ Here is what goes in and what comes out; the loop itself is in `generation_loop_
 
 import logging
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from PIL.Image import Image
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from .configuration_emu35 import Emu35TokenLayout, Emu35VisionTokenizerConfig
-from .decoding_emu35 import IMAGE_DECODERS
+from .configuration_emu35 import Emu35VisionTokenizerConfig
+from .decoding_emu35 import IMAGE_DECODERS, CachedPrefix, GenerationCache
 from .generation_configuration_emu35 import (
     SETTINGS,
     Emu35GenerateOutput,
@@ -25,7 +24,15 @@ from .generation_configuration_emu35 import (
     grid_for_aspect_ratio,
 )
 from .generation_loop_emu35 import GenerationLoop, GenerationRow
-from .image_tokens_emu35 import ImageTokens, find_images, last_image
+from .image_completion_emu35 import GivenImage, given_canvases
+from .image_tokens_emu35 import (
+    ImageTokens,
+    answer_images,
+    find_images,
+    is_finished,
+    missing_answer_images,
+    unfinished_image,
+)
 from .sampling_emu35 import Generators
 from .segments_emu35 import pixels_to_pil
 
@@ -96,33 +103,61 @@ class Emu35GenerationMixin(GenerationMixin):
         negative_image_prompt_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
         image_sizes: torch.LongTensor | None = None,
+        image: GivenImage | Sequence[GivenImage] | None = None,
+        mask: torch.BoolTensor | Sequence[torch.BoolTensor] | None = None,
+        image_offset: tuple[int, int] = (0, 0),
+        past_key_values: GenerationCache | None = None,
+        return_past_key_values: bool = False,
         generation_config: GenerationConfig | None = None,
         task: str | None = None,
         generator: Generators = None,
         streamer: BaseStreamer | None = None,
+        stopping_criteria: StoppingCriteriaList | Sequence[StoppingCriteria] | None = None,
         **settings: Any,
     ) -> Emu35GenerateOutput | torch.LongTensor:
         """Continues prompts with text, images, or both.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`), attention_mask:
-                prompts, padded on the left. A prompt that ends inside an image (after BOI, in the size, in a row) is
-                continued there.
+                prompts, padded on the left. A prompt may hold a part of the answer, and is continued wherever it ends:
+                in text, or inside an image (after BOI, in the size, in a row). To one that ends with the answer's end
+                (EOS; in image mode, the image's end) nothing is added.
             negative_prompt_ids, negative_prompt_attention_mask:
                 the unconditional prompts of `guidance_scale`; the processor makes them.
             negative_image_prompt_ids, negative_image_prompt_attention_mask:
                 prompts without text and images, for `image_guidance_scale`.
             pixel_values: images behind the placeholders in the prompts.
             image_sizes: their heights and widths, which the processor adds; not needed here.
+            image (*optional*):
+                an image to complete, in image mode: one for all prompts, or a list with one for each. Given as codes,
+                as pixels, or as a PIL image whose sides are multiples of the pixels a code has. With `height` and
+                `width` in the same call it lies on a canvas of that size, and the rest is made too.
+            mask (`torch.BoolTensor` of shape `(h, w)`, or a list of them, *optional*):
+                a value for each code of `image`: `True` where a new one is to be made.
+            image_offset (`tuple[int, int]`): row and column of the canvas, in codes, where `image` begins.
+            past_key_values (`GenerationCache`, *optional*):
+                the `past_key_values` of an earlier output, whose tokens `input_ids` goes on from: they are not
+                computed again. It stays as it is.
+            return_past_key_values (`bool`): whether the output has `past_key_values`.
             generation_config (`Emu35GenerationConfig`, *optional*): instead of `model.generation_config`.
             task (`str`, *optional*): apply the checkpoint's defaults for this task ("t2i", "x2i", "story", ...).
             generator (`torch.Generator`, or one a row): the same seed gives the same answer.
-            streamer (`BaseStreamer`, *optional*): `put` gets the prompt, then every token at once. One answer only.
+            streamer (`BaseStreamer`, *optional*):
+                `put` gets the prompt, then every token at once. One answer only. If its attribute `stop_requested`
+                becomes true, generation ends at the next token, even inside an image.
+            stopping_criteria (`StoppingCriteriaList`, *optional*):
+                called for each answer alone after every token and every code, with the ids `(1, length)` of prompt
+                and answer and with `None` for the scores.
             settings: fields of [`Emu35GenerationConfig`].
         Returns:
             [`Emu35GenerateOutput`], or only its `sequences` with `return_dict_in_generate=False`.
         Raises:
-            ValueError: for settings that don't exist, contradict each other or don't fit the prompts.
+            ValueError: for settings that don't exist, contradict each other or don't fit the prompts; for a cache of
+                other ids.
+
+        The `ar` decoder makes the codes of an image row by row, left to right. It sees given codes above and to the
+        left of the one it makes, but not those below: `image` is continued well downwards; a hole is filled without
+        knowing what stands below it.
         """
         config = Emu35GenerationConfig().overridden_by(self.generation_config)
         if generation_config is not None:
@@ -157,15 +192,34 @@ class Emu35GenerationMixin(GenerationMixin):
                 raise ValueError("`generator` must hold a `torch.Generator` for each answer.")
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"`streamer` works with one answer at a time, got a batch of {len(prompts)}.")
+        # A size among the checkpoint's defaults is no wish to enlarge an image.
+        sized = any(settings.get(name) is not None for name in ("height", "width", "aspect_ratio"))
+        canvas = self._grid([], config) if image is not None and sized else None
+        given = given_canvases(self, image, mask, image_offset, canvas, config, len(resolved["input_ids"]))
+        given = _repeat(given, copies)
+        cached = self._cached(past_key_values, prompts, copies)
+        eos_ids = self._eos_ids(config)
         rows = [
-            self._start_row(prompt, [stream[row] for stream in negatives], config)
+            self._start_row(prompt, [stream[row] for stream in negatives], config, eos_ids, given[row], cached[row])
             for row, prompt in enumerate(prompts)
         ]
+        criteria = () if stopping_criteria is None else stopping_criteria
+        if not isinstance(criteria, (list, tuple)) or not all(callable(one) for one in criteria):
+            raise ValueError(f"`stopping_criteria` must be a `StoppingCriteriaList`, got {criteria!r}.")
 
         input_ids = resolved["input_ids"].repeat_interleave(copies, dim=0)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        loop = GenerationLoop(self, config, rows, generator, streamer)
+        loop = GenerationLoop(
+            self,
+            config,
+            rows,
+            generator,
+            streamer,
+            stopping_criteria=StoppingCriteriaList(criteria),
+            keep_cache=return_past_key_values,
+            eos_ids=eos_ids,
+        )
         loop()
         if streamer is not None:
             streamer.end()
@@ -177,11 +231,30 @@ class Emu35GenerationMixin(GenerationMixin):
         if not config.return_dict_in_generate:
             return sequences
         starts = [input_ids.shape[1] - row.num_open for row in rows]
+        kept = torch.ones_like(sequences)
+        if attention_mask is not None:
+            kept[:, : input_ids.shape[1]] = attention_mask.repeat_interleave(copies, dim=0)
+        for own, row in zip(kept, rows, strict=True):
+            own[input_ids.shape[1] + len(row.answer) :] = 0
+        negative_arguments = {
+            "negative_prompt_ids": resolved["negative_prompt_ids"],
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "negative_image_prompt_ids": resolved["negative_image_prompt_ids"],
+            "negative_image_prompt_attention_mask": negative_image_prompt_attention_mask,
+        }
         return Emu35GenerateOutput(
             sequences=sequences,
             answer_start=torch.tensor(starts, device=input_ids.device),
             images=self._decode_answers(sequences, starts),
             num_forward_passes=loop.num_passes,
+            attention_mask=kept,
+            finished=torch.tensor([row.finished for row in rows], device=input_ids.device),
+            past_key_values=loop.cache() if return_past_key_values else None,
+            negative_prompts={
+                name: tensor.repeat_interleave(copies, dim=0)
+                for name, tensor in negative_arguments.items()
+                if tensor is not None
+            },
         )
 
     def _check_config(self, config: Emu35GenerationConfig):
@@ -254,20 +327,56 @@ class Emu35GenerationMixin(GenerationMixin):
             negatives.append(_repeat(rows, copies))
         return negatives
 
+    def _eos_ids(self, config: Emu35GenerationConfig) -> set[int]:
+        eos = config.eos_token_id if config.eos_token_id is not None else self.config.token_layout.eos_token_id
+        return set(eos) if isinstance(eos, (list, tuple)) else {eos}
+
+    def _cached(
+        self, cache: GenerationCache | None, prompts: list[list[int]], copies: int
+    ) -> list[list[CachedPrefix]]:
+        """What is cached of each answer's streams."""
+        if cache is None:
+            return [[]] * len(prompts)
+        if not isinstance(cache, GenerationCache):
+            raise ValueError(
+                "`past_key_values` must be the one of an earlier output (`return_past_key_values=True`), got "
+                f"{type(cache).__name__}."
+            )
+        cache.check(self, prompts[::copies])
+        return _repeat(cache.rows, copies)
+
+    @property
+    def image_factor(self) -> int:
+        """Pixels a side of one code."""
+        vision = self.config.vision_tokenizer_config
+        # Without one, the release's: a language model alone does not know how many pixels its codes have.
+        return Emu35VisionTokenizerConfig().downsampling_factor if vision is None else vision.downsampling_factor
+
     def _start_row(
-        self, prompt: list[int], negative_prompts: list[list[int]], config: Emu35GenerationConfig
+        self,
+        prompt: list[int],
+        negative_prompts: list[list[int]],
+        config: Emu35GenerationConfig,
+        eos_ids: set[int],
+        given: torch.LongTensor | None,
+        cached: list[CachedPrefix],
     ) -> GenerationRow:
         """A row at the end of its prompt: checks it, and finds out where in the grammar it stands."""
         layout = self.config.token_layout
         context = self.config.text_config.max_position_embeddings
         room = context - len(prompt)
-        if room < 1:
+        finished = is_finished(prompt, eos_ids, config.generation_mode == "image", layout)
+        if room < 1 and not finished:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and the context {context}, so nothing can follow. Shorten the "
                 "text, or give fewer or smaller images."
             )
-        grid = self._grid(prompt, config)
-        image = _unfinished_image(prompt, layout)
+        may_choose = given is None and not _explicit_size(config)
+        grid = self._grid(prompt, config) if given is None else tuple(given.shape)
+        image = unfinished_image(prompt, layout)
+        num_images = len(answer_images(prompt, layout))
+        if image is not None and num_images and may_choose and not config.keep_image_size:
+            grid = None
         if image is not None:
             if config.generation_mode == "text":
                 raise ValueError(
@@ -276,16 +385,25 @@ class Emu35GenerationMixin(GenerationMixin):
                 )
             written = [*image.size_ids, *([layout.img_token_id] if image.state == "rows" else [])]
             if grid is not None and written != [*layout.size_token_ids(*grid), layout.img_token_id][: len(written)]:
-                if _explicit_size(config):
+                if not may_choose:
                     raise ValueError(
                         f"the prompt ends inside an image whose size does not begin like {grid[0]}*{grid[1]} codes, "
-                        "as asked for. Leave out `height`, `width` and `aspect_ratio`."
+                        "as asked for. Leave out `height`, `width`, `aspect_ratio` and `image`."
                     )
                 grid = None
             if image.state == "rows":
                 grid = (image.token_height, image.token_width)
         num_open = 0 if image is None else len(prompt) - image.begin
-        if config.generation_mode == "image" and grid is not None:
+        known_codes = [] if image is None else list(image.codes)
+        if given is not None:
+            wanted = given.flatten().tolist()
+            for place, (code, own) in enumerate(zip(known_codes, wanted, strict=False)):
+                if own not in (-1, code):
+                    raise ValueError(
+                        f"the prompt ends inside an image whose code {place} is {code}, but `image` keeps {own} there."
+                    )
+            known_codes += wanted[len(known_codes) :]
+        if config.generation_mode == "image" and grid is not None and not finished:
             needed = layout.num_image_tokens(*grid) - num_open
             if needed > room:
                 raise ValueError(
@@ -296,24 +414,25 @@ class Emu35GenerationMixin(GenerationMixin):
         closed = prompt[: len(prompt) - num_open]
         prompts = [closed, *negative_prompts]
         if negative_prompts:
-            prompts[1] = prompts[1] + _missing_answer_images(closed, prompts[1], layout)
+            prompts[1] = prompts[1] + missing_answer_images(closed, prompts[1], layout)
         return GenerationRow(
             prompt=prompt,
             budget=room if config.max_new_tokens is None else min(room, config.max_new_tokens),
             prompts=prompts,
             grid=grid,
-            may_choose=not _explicit_size(config),
+            may_choose=may_choose,
             image=image,
-            num_images=len(_answer_images(prompt, layout)),
+            known_codes=known_codes,
+            cached=cached,
+            num_images=num_images,
+            finished=finished,
         )
 
     def _grid(self, prompt: list[int], config: Emu35GenerationConfig) -> tuple[int, int] | None:
         """The codes an image must have, or `None` where the model chooses."""
         if config.generation_mode == "text":
             return None
-        vision = self.config.vision_tokenizer_config
-        # Without one, the release's: a language model alone does not know how many pixels its codes have.
-        factor = Emu35VisionTokenizerConfig().downsampling_factor if vision is None else vision.downsampling_factor
+        factor = self.image_factor
         if (config.height is None) != (config.width is None):
             raise ValueError(f"give `height` and `width` together, got {config.height} and {config.width}.")
         if config.height is not None:
@@ -338,7 +457,7 @@ class Emu35GenerationMixin(GenerationMixin):
             return grid_for_aspect_ratio(config.aspect_ratio, config.image_area, factor)
         layout = self.config.token_layout
         if config.keep_image_size and config.aspect_ratio != "reference":
-            for image in _answer_images(prompt, layout):
+            for image in answer_images(prompt, layout):
                 return image.token_height, image.token_width
         images = [image for image in find_images(prompt, layout) if image.complete]
         if config.aspect_ratio == "reference" and not images:
@@ -372,52 +491,9 @@ class Emu35GenerationMixin(GenerationMixin):
         return [[pixels_to_pil(next(pixels)) for _ in images] for images in found]
 
 
-def _repeat(rows: list[list[int]], copies: int) -> list[list[int]]:
+def _repeat(rows: list, copies: int) -> list:
     return [row for row in rows for _ in range(copies)]
 
 
 def _explicit_size(config: Emu35GenerationConfig) -> bool:
     return config.height is not None or config.aspect_ratio not in (None, "auto")
-
-
-def _unfinished_image(prompt: list[int], layout: Emu35TokenLayout) -> ImageTokens | None:
-    """The image that a prompt ends in, or `None`.
-
-    Raises:
-        ValueError: if it can't be continued.
-    """
-    image = last_image(prompt, layout)
-    if image is None or image.complete:
-        return None
-    ends_here = image.end == len(prompt) and prompt[-1] != layout.eoi_token_id
-    problem = image.problem
-    if image.state == "size" and not _begins_a_size(image.size_ids, layout):
-        problem = "its size is not written as height*width"
-    if problem and (ends_here or prompt[-1] == layout.img_token_id):
-        raise ValueError(f"the prompt ends inside an image that cannot be continued: {problem}.")
-    return image if ends_here else None
-
-
-def _begins_a_size(size_ids: Sequence[int], layout: Emu35TokenLayout) -> bool:
-    characters = {token_id: str(digit) for digit, token_id in enumerate(layout.digit_token_ids)}
-    characters[layout.size_separator_token_id] = "*"
-    return re.fullmatch(r"([1-9]\d*(\*([1-9]\d*)?)?)?", "".join(characters[one] for one in size_ids)) is not None
-
-
-def _answer_images(prompt: list[int], layout: Emu35TokenLayout) -> list[ImageTokens]:
-    """Complete images of the answer that a prompt already holds, which is what follows its last BSS."""
-    if layout.bss_token_id not in prompt:
-        return []
-    start = len(prompt) - prompt[::-1].index(layout.bss_token_id)
-    return [image for image in find_images(prompt, layout, start) if image.complete]
-
-
-def _missing_answer_images(prompt: list[int], negative_prompt: list[int], layout: Emu35TokenLayout) -> list[int]:
-    """Ids of the answer's images in a prompt that the negative prompt lacks.
-
-    They belong there when an answer is continued: the unconditional stream sees the images made so far.
-    """
-    known = len(list(find_images(negative_prompt, layout)))
-    begins = [image.begin for image in find_images(prompt, layout)][known:]
-    images = [image for image in _answer_images(prompt, layout) if image.begin in begins]
-    return [token_id for image in images for token_id in prompt[image.begin : image.end]]

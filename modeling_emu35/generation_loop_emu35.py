@@ -15,13 +15,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .configuration_emu35 import Emu35TokenLayout
-from .decoding_emu35 import IMAGE_DECODERS, ImageRequest, TokenStream, execution_device
+from .decoding_emu35 import (
+    IMAGE_DECODERS,
+    CachedPrefix,
+    GenerationCache,
+    ImageRequest,
+    TokenStream,
+    execution_device,
+)
 from .generation_configuration_emu35 import Emu35GenerationConfig
 from .image_tokens_emu35 import ImageTokens, parse_size
 from .sampling_emu35 import Generators, Sampler, check_scores, is_damaged
+
+
+@dataclass
+class RowStream:
+    """One guidance stream of one row.
+
+    Attributes:
+        ids (`list[int]`): all ids the stream must see, in order.
+        stream (`TokenStream`): one row, which has been given the first `num_taken` of them.
+    """
+
+    ids: list[int]
+    stream: TokenStream
+    num_taken: int = 0
+
+    def take(self) -> list[int]:
+        """The ids that `stream` has not been given yet; counts them as given."""
+        new, self.num_taken = self.ids[self.num_taken :], len(self.ids)
+        return new
 
 
 @dataclass
@@ -35,13 +62,17 @@ class GenerationRow:
         grid (`tuple[int, int]` or `None`): codes an image must have; `None`: the model writes the size.
         may_choose (`bool`): whether the size was left to the model, so that later images may differ.
         image (`ImageTokens` or `None`): the unfinished image that the prompt ends in.
-        streams (`list[TokenStream]`), queues (`list[list[int]]`): what is cached, and the ids that come next.
+        known_codes (`list[int]`):
+            codes of the first image to make that are given, row after row: those the prompt ends with, and those of a
+            partly given image (-1 where one is to be made).
+        cached (`list[CachedPrefix]`): what an earlier call computed, stream by stream.
+        streams (`list[RowStream]`).
         answer (`list[int]`): ids made so far, forced ones included.
         size_ids (`list[int]` or `None`): what stands between BOI and now, while the size is written; else `None`.
-        given_ids (`list[int]`): what the prompt holds of its unfinished image, after IMG.
-        given_codes (`list[int]`): the codes among them.
+        prompt_body (`list[int]`): what the prompt holds of its unfinished image, after IMG.
         num_images (`int`): images begun in the answer.
-        done (`bool`).
+        finished (`bool`): whether the answer came to its own end.
+        done (`bool`): whether nothing more follows, for whatever reason.
     """
 
     prompt: list[int]
@@ -50,13 +81,14 @@ class GenerationRow:
     grid: tuple[int, int] | None
     may_choose: bool
     image: ImageTokens | None
-    streams: list[TokenStream] = field(default_factory=list)
-    queues: list[list[int]] = field(default_factory=list)
+    known_codes: list[int] = field(default_factory=list)
+    cached: list[CachedPrefix] = field(default_factory=list)
+    streams: list[RowStream] = field(default_factory=list)
     answer: list[int] = field(default_factory=list)
     size_ids: list[int] | None = None
-    given_ids: list[int] = field(default_factory=list)
-    given_codes: list[int] = field(default_factory=list)
+    prompt_body: list[int] = field(default_factory=list)
     num_images: int = 0
+    finished: bool = False
     done: bool = False
 
     @property
@@ -96,7 +128,11 @@ class GenerationLoop:
         config ([`Emu35GenerationConfig`]): complete and checked.
         rows (`list[GenerationRow]`): checked prompts; their `answer` is filled.
         generator: see [`Sampler`].
-        streamer (`BaseStreamer`, *optional*): gets the ids of the answer; for a single row only.
+        streamer (`BaseStreamer`, *optional*):
+            gets the ids of the answer; for a single row only. Its `stop_requested` ends the loop at the next token.
+        stopping_criteria (`StoppingCriteriaList`, *optional*): asked after every token, row by row.
+        keep_cache (`bool`): whether [`cache`] will be asked for.
+        eos_ids (`set[int]`): tokens that end an answer.
     """
 
     def __init__(
@@ -106,6 +142,9 @@ class GenerationLoop:
         rows: list[GenerationRow],
         generator: Generators = None,
         streamer: BaseStreamer | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        keep_cache: bool = False,
+        eos_ids: set[int] = frozenset(),
     ):
         self.model = model
         self.layout: Emu35TokenLayout = model.config.token_layout
@@ -113,18 +152,21 @@ class GenerationLoop:
         self.rows = rows
         self.generator = generator
         self.streamer = streamer
+        self.stopping_criteria = stopping_criteria
+        self.keep_cache = keep_cache
+        self.eos_ids = eos_ids
         self.device = execution_device(model.get_input_embeddings())
         self.num_passes = 0
         do_sample = bool(config.do_sample)
         self.text_sampler = Sampler(do_sample, config.temperature, config.top_k, config.top_p)
         self.image_sampler = Sampler(do_sample, config.image_temperature, config.image_top_k, config.image_top_p)
-        eos = config.eos_token_id if config.eos_token_id is not None else self.layout.eos_token_id
-        self.eos_ids = set(eos) if isinstance(eos, (list, tuple)) else {eos}
 
     def __call__(self):
         for row in self.rows:
             self._start(row)
         while waiting := [index for index, row in enumerate(self.rows) if not row.done]:
+            if self._stop_requested:
+                break
             writing = [index for index in waiting if not self._size_is_complete(self.rows[index])]
             if writing:
                 self._text_phase(writing)
@@ -136,10 +178,42 @@ class GenerationLoop:
             for grid, indices in groups.items():
                 self._image_phase(grid, indices)
 
+    def cache(self) -> GenerationCache:
+        """What was computed of prompts and answers."""
+        return GenerationCache([self._prefixes(row) for row in self.rows])
+
+    def _prefixes(self, row: GenerationRow) -> list[CachedPrefix]:
+        prefixes = []
+        # Codes that were computed for other rows of the batch, after this row's end.
+        surplus = max(0, len(row.streams[0].ids) - len(row.prompt) - len(row.answer)) if row.streams else 0
+        for number, own in enumerate(row.streams):
+            self._restore(row, number)
+            length = max(0, min(own.stream.num_cached, len(own.ids) - surplus))
+            if not length:
+                break
+            cropped = TokenStream.of_cache(self.model, own.stream.cache, length, self.device)
+            prefixes.append(CachedPrefix(own.ids[:length], cropped.cache))
+        return prefixes
+
+    def _restore(self, row: GenerationRow, number: int):
+        """Begins a stream with what an earlier call computed of it, but for the last id, whose output is needed."""
+        own = row.streams[number]
+        if own.num_taken or number >= len(row.cached):
+            return
+        length = min(row.cached[number].num_shared(own.ids), len(own.ids) - 1)
+        if length > 0:
+            own.stream = TokenStream.of_cache(self.model, row.cached[number].cache, length, self.device)
+            own.num_taken = length
+
+    def _new_stream(self, prompt: list[int]) -> RowStream:
+        return RowStream(list(prompt), TokenStream.empty(self.model, 1, self.device))
+
     def _start(self, row: GenerationRow):
-        """Fills the queues with the prompts and with what a row's place in the grammar forces."""
-        row.streams = [TokenStream.empty(self.model, 1, self.device) for _ in row.prompts]
-        row.queues = [list(prompt) for prompt in row.prompts]
+        """Gives the streams their prompts, and what a row's place in the grammar forces."""
+        row.streams = [self._new_stream(prompt) for prompt in row.prompts]
+        row.done = row.finished
+        if row.done:
+            return
         if row.image is None:
             if self.config.generation_mode == "image":
                 self._begin_image(row)
@@ -148,12 +222,31 @@ class GenerationLoop:
         row.size_ids = list(row.image.size_ids)
         if row.image.state == "rows":
             row.size_ids.append(self.layout.img_token_id)
-            row.given_codes = list(row.image.codes)
-            row.given_ids = row.prompt[row.image.begin + 1 + len(row.size_ids) :]
-        for queue in row.queues:
+            row.prompt_body = row.prompt[row.image.begin + 1 + len(row.size_ids) :]
+        for own in row.streams:
             # The codes after IMG follow in the image phase, which knows how many its rows have in common.
-            queue += [self.layout.boi_token_id, *row.size_ids]
+            own.ids += [self.layout.boi_token_id, *row.size_ids]
         self._write_settled_size(row)
+
+    # --- stops ---
+
+    @property
+    def _stop_requested(self) -> bool:
+        return bool(getattr(self.streamer, "stop_requested", False))
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether anybody wants to see every token at once."""
+        return self.streamer is not None or bool(self.stopping_criteria)
+
+    def _check_stops(self, rows: Sequence[GenerationRow]):
+        """Ends rows for which a stop is asked."""
+        requested = self._stop_requested
+        for row in rows:
+            if not row.done and not requested and self.stopping_criteria:
+                ids = torch.tensor([row.prompt + row.answer], device=self.device)
+                row.done = bool(torch.as_tensor(self.stopping_criteria(ids, None)).all())
+            row.done = row.done or requested
 
     def _put(self, row: GenerationRow, ids: Sequence[int]) -> None:
         """Ids into the answer, as far as the budget goes."""
@@ -164,8 +257,8 @@ class GenerationLoop:
 
     def _put_forced(self, row: GenerationRow, ids: Sequence[int]) -> None:
         """Ids of an image: into the answer and into all streams."""
-        for queue in row.queues:
-            queue += ids
+        for own in row.streams:
+            own.ids += ids
         self._put(row, ids)
 
     def _stream(self, ids: Sequence[int]):
@@ -205,20 +298,22 @@ class GenerationLoop:
 
     def _text_phase(self, indices: list[int]):
         """Samples text (or sizes) until every row is done or stands before an image."""
-        stream = TokenStream.stack([self.rows[index].streams[0] for index in indices])
+        for index in indices:
+            self._restore(self.rows[index], 0)
+        stream = TokenStream.stack([self.rows[index].streams[0].stream for index in indices])
         while indices:
             rows = [self.rows[index] for index in indices]
-            stream.append_lists([row.queues[0] for row in rows])
+            stream.append_lists([row.streams[0].take() for row in rows])
             logits = self.model.compute_logits(stream.advance(), vocabulary="text").float()
             self.num_passes += 1
             for row, token_id in zip(rows, self._sample_text(indices, logits), strict=True):
-                row.queues[0] = []
                 self._take_text_token(row, token_id)
+            self._check_stops(rows)
             staying = [place for place, row in enumerate(rows) if not row.done and not self._size_is_complete(row)]
             if len(staying) < len(rows):
                 for place, row in enumerate(rows):
-                    if not row.done and place not in staying:
-                        row.streams[0] = stream.rows([place])
+                    if place not in staying and (self.keep_cache or not row.done):
+                        row.streams[0].stream = stream.rows([place])
                 stream = stream.rows(staying) if staying else None
                 indices = [indices[place] for place in staying]
 
@@ -257,9 +352,10 @@ class GenerationLoop:
         elif token_id == self.layout.boi_token_id:
             self._begin_image(row)
         else:
-            row.queues[0].append(token_id)
+            row.streams[0].ids.append(token_id)
             self._put(row, [token_id])
-            row.done = row.done or token_id in self.eos_ids
+            row.finished = token_id in self.eos_ids
+            row.done = row.done or row.finished
 
     # --- images ---
 
@@ -267,66 +363,74 @@ class GenerationLoop:
         """Makes one image of `grid` codes for each of these rows."""
         config, (height, width) = self.config, grid
         rows = [self.rows[index] for index in indices]
-        num_cached = min(len(row.given_codes) for row in rows)
-        for row in rows:
-            for queue in row.queues:
-                queue += self._grid_ids(row.given_codes[:num_cached], grid)
+        given = torch.full((len(rows), height * width), -1)
+        for place, row in enumerate(rows):
+            given[place, : len(row.known_codes)] = torch.tensor(row.known_codes, dtype=torch.long)
+        num_cached = int((given >= 0).all(0).long().cumprod(0).sum())
+        beginnings = [self._grid_ids(codes, grid) for codes in given[:, :num_cached].tolist()]
         num_streams = len(rows[0].streams)
         members = [(row, number) for number in range(num_streams) for row in rows]
+        lengths = [len(row.streams[number].ids) for row, number in members]
+        for place, (row, number) in enumerate(members):
+            row.streams[number].ids += beginnings[place % len(rows)]
+            self._restore(row, number)
         self._catch_up(members)
-        stream = TokenStream.stack([row.streams[number] for row, number in members])
-        stream.append_lists([row.queues[number] for row, number in members])
+        stream = TokenStream.stack([row.streams[number].stream for row, number in members])
+        stream.append_lists([row.streams[number].take() for row, number in members])
         # How many codes fit into what is left of the budget: after each row of them comes an EOL.
-        room = [divmod(len(row.given_ids) + row.left, width + 1) for row in rows]
-        budgets = [min(height * width, lines * width + rest) for lines, rest in room]
+        room = [divmod(len(row.prompt_body) + row.left, width + 1) for row in rows]
+        follow = self._follower(rows, grid, beginnings, num_cached) if self._is_watched else None
         request = ImageRequest(
             token_height=height,
             token_width=width,
-            given=[row.given_codes for row in rows],
+            given=given,
             num_cached=num_cached,
             sampler=self.image_sampler,
             guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
             image_guidance_scale=config.image_guidance_scale,
             generator=self._generators(indices),
-            max_codes=max(budgets),
-            on_codes=None if self.streamer is None else self._code_streamer(rows[0], grid),
+            max_codes=min(height * width, max(lines * width + rest for lines, rest in room)),
+            on_codes=follow,
+            should_stop=None if follow is None else lambda: all(row.done for row in rows),
         )
-        codes = IMAGE_DECODERS[config.image_decoder](stream, request).tolist()
+        bodies = [
+            self._grid_ids(codes, grid) for codes in IMAGE_DECODERS[config.image_decoder](stream, request).tolist()
+        ]
         self.num_passes += stream.num_passes
+        for place, (row, number) in enumerate(members):
+            own = row.streams[number]
+            own.ids[lengths[place] :] = bodies[place % len(rows)]
+            own.num_taken = len(own.ids)
         for place, row in enumerate(rows):
-            own = codes[place][: budgets[place]]
-            ids = self._grid_ids(own, grid)[len(row.given_ids) :]
-            row.answer += ids[: row.left]  # the streamer has them already
-            row.size_ids, row.given_ids, row.given_codes = None, [], []
-            row.done = row.left <= 0 or len(own) < height * width
-            if row.done:
-                continue
-            self._put(row, [self.layout.eoi_token_id])
-            if config.generation_mode == "image":
-                row.done = True
+            if follow is None:
+                self._put(row, bodies[place][len(row.prompt_body) :])
+            row.size_ids, row.prompt_body, row.known_codes = None, [], []
+            if self.keep_cache or not row.done:
+                for number, own in enumerate(row.streams):
+                    own.stream = stream.rows([number * len(rows) + place])
             if not row.done:
-                row.streams = [stream.rows([number * len(rows) + place]) for number in range(num_streams)]
-                row.queues = [[self.layout.eoi_token_id] for _ in row.queues]
-                if num_streams == 3:
-                    # The stream without text and images never sees earlier images.
-                    row.streams[2] = TokenStream.empty(self.model, 1, self.device)
-                    row.queues[2] = list(row.prompts[2])
+                self._put_forced(row, [self.layout.eoi_token_id])
+                row.finished = config.generation_mode == "image"
+                row.done = row.done or row.finished
+            if not row.done and num_streams == 3:
+                # The stream without text and images never sees earlier images.
+                row.streams[2] = self._new_stream(row.prompts[2])
 
     def _catch_up(self, members: list[tuple[GenerationRow, int]]):
         """Computes long beginnings on their own where other streams of the batch are further.
 
         Left to the common pass, they would become as many masked columns in the caches of all the others.
         """
-        behind = [(row, number) for row, number in members if not row.streams[number].num_cached]
+        behind = [(row, number) for row, number in members if not row.streams[number].stream.num_cached]
         if len(behind) in (0, len(members)):
             return
-        stream = TokenStream.stack([row.streams[number] for row, number in behind])
+        stream = TokenStream.stack([row.streams[number].stream for row, number in behind])
         stream.append_lists([row.prompts[number] for row, number in behind])
         stream.advance()
         self.num_passes += 1
         for place, (row, number) in enumerate(behind):
-            row.streams[number] = stream.rows([place])
-            row.queues[number] = row.queues[number][len(row.prompts[number]) :]
+            row.streams[number].stream = stream.rows([place])
+            row.streams[number].num_taken = len(row.prompts[number])
 
     def _grid_ids(self, codes: Sequence[int], grid: tuple[int, int], first: int = 0) -> list[int]:
         """Ids of codes `first`, `first + 1`, ... of a grid, with the EOLs that follow them."""
@@ -338,20 +442,28 @@ class GenerationLoop:
                 ids.append(self.layout.eol_token_id)
         return ids
 
-    def _code_streamer(self, row: GenerationRow, grid: tuple[int, int]):
-        """A callback that passes new codes, and the EOLs between them, on to the streamer."""
-        # A prompt that ends right after a full row lacks the EOL.
-        pending = self._grid_ids(row.given_codes, grid)[len(row.given_ids) :][: row.left]
-        self._stream(pending)
-        index, left = len(row.given_codes), row.left - len(pending)
+    def _follower(
+        self, rows: list[GenerationRow], grid: tuple[int, int], beginnings: list[list[int]], num_cached: int
+    ):
+        """A callback that writes codes, and the EOLs between them, into the answers as they come."""
 
-        def pass_on(codes: torch.LongTensor):
-            nonlocal index, left
-            ids = self._grid_ids([int(codes[0])], grid, first=index)[:left]
-            self._stream(ids)
-            index, left = index + 1, left - len(ids)
+        def put(row: GenerationRow, ids: list[int], place: int):
+            # What the prompt holds already is left out.  A prompt that ends right after a full row lacks the EOL.
+            if not row.done:
+                self._put(row, ids[max(0, len(row.prompt_body) - place) :])
 
-        return pass_on
+        for row, ids in zip(rows, beginnings, strict=True):
+            put(row, ids, 0)
+        index = num_cached
+
+        def follow(codes: torch.LongTensor):
+            nonlocal index
+            for row, code in zip(rows, codes.tolist(), strict=True):
+                put(row, self._grid_ids([code], grid, first=index), index + index // grid[1])
+            index += 1
+            self._check_stops(rows)
+
+        return follow
 
     def _generators(self, indices: list[int]) -> Generators:
         if isinstance(self.generator, Sequence):

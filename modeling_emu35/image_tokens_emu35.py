@@ -1,5 +1,6 @@
 """Reading images out of a sequence of token ids: the grammar `BOI h "*" w IMG row EOL row ... EOI`."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -111,3 +112,67 @@ def last_image(ids: Sequence[int], layout: Emu35TokenLayout, start: int = 0) -> 
     for image in find_images(ids, layout, start):  # noqa: B007 - only the last one matters
         pass
     return image
+
+
+def unfinished_image(prompt: list[int], layout: Emu35TokenLayout) -> ImageTokens | None:
+    """The image that a prompt ends in, or `None`.
+
+    Raises:
+        ValueError: if it can't be continued.
+    """
+    image = last_image(prompt, layout)
+    if image is None or image.complete:
+        return None
+    ends_here = image.end == len(prompt) and prompt[-1] != layout.eoi_token_id
+    problem = image.problem
+    if image.state == "size" and not _begins_a_size(image.size_ids, layout):
+        problem = "its size is not written as height*width"
+    if problem and (ends_here or prompt[-1] == layout.img_token_id):
+        raise ValueError(f"the prompt ends inside an image that cannot be continued: {problem}.")
+    return image if ends_here else None
+
+
+def _begins_a_size(size_ids: Sequence[int], layout: Emu35TokenLayout) -> bool:
+    characters = {token_id: str(digit) for digit, token_id in enumerate(layout.digit_token_ids)}
+    characters[layout.size_separator_token_id] = "*"
+    return re.fullmatch(r"([1-9]\d*(\*([1-9]\d*)?)?)?", "".join(characters[one] for one in size_ids)) is not None
+
+
+def answer_images(prompt: list[int], layout: Emu35TokenLayout) -> list[ImageTokens]:
+    """Complete images of the answer that a prompt already holds, which is what follows its last BSS."""
+    if layout.bss_token_id not in prompt:
+        return []
+    start = len(prompt) - prompt[::-1].index(layout.bss_token_id)
+    return [image for image in find_images(prompt, layout, start) if image.complete]
+
+
+def missing_answer_images(prompt: list[int], negative_prompt: list[int], layout: Emu35TokenLayout) -> list[int]:
+    """Ids of the assistant's images in a prompt that the negative prompt lacks.
+
+    They belong there when an answer is continued: the unconditional stream sees the images made so far. The images a
+    negative prompt has are normally the first ones of the prompt; if it has others, it lacks all of the answer's.
+    """
+    images = list(find_images(prompt, layout))
+    known = [negative_prompt[image.begin : image.end] for image in find_images(negative_prompt, layout)]
+    if known == [prompt[image.begin : image.end] for image in images[: len(known)]]:
+        images = images[len(known) :]
+    made = [image for image in images if image.complete and _is_said_by_assistant(prompt[: image.begin], layout)]
+    return [token_id for image in made for token_id in prompt[image.begin : image.end]]
+
+
+def _is_said_by_assistant(before: list[int], layout: Emu35TokenLayout) -> bool:
+    """Whether BSS, and no ESS or EOS behind it, stands in the ids `before` an image."""
+    for token_id in reversed(before):
+        if token_id == layout.bss_token_id:
+            return True
+        if token_id in (layout.ess_token_id, layout.eos_token_id):
+            return False
+    return False
+
+
+def is_finished(prompt: list[int], eos_ids: set[int], image_mode: bool, layout: Emu35TokenLayout) -> bool:
+    """Whether a prompt ends where an answer ends: in an EOS behind its BSS or, in image mode, in an image."""
+    if layout.bss_token_id not in prompt:
+        return False
+    images = answer_images(prompt, layout) if image_mode else []
+    return prompt[-1] in eos_ids or any(image.end == len(prompt) for image in images)

@@ -7,7 +7,7 @@ import PIL.Image
 import torch
 
 from .configuration_emu35 import Emu35TokenLayout
-from .segments_emu35 import Segment, decode_images, iter_images, parse_segments, pixels_to_pil, read_image
+from .segments_emu35 import Segments, decode_images, iter_images, parse_segments, pixels_to_pil, read_image
 
 #: A visual token as a string, in the release's vocabulary and in `decode`.
 VISUAL_TOKEN = "<|visual token {:06d}|>"
@@ -21,8 +21,8 @@ class Emu35OutputMixin:
 
     def decode_multimodal(
         self, ids: Any, vision_tokenizer: Any = None, skip_special_tokens: bool = True, skip_prompt: bool = False
-    ) -> list[Segment]:
-        """One sequence of ids as segments: [`Text`], [`GlobalThought`], [`ImageThought`], [`Image`].
+    ) -> Segments:
+        """One sequence of ids as [`Segments`]: [`Text`], [`GlobalThought`], [`ImageThought`], [`Image`].
 
         An image that is unfinished or damaged is reported (`complete=False`, `reason`, the rows there are), and
         nothing around it is lost.
@@ -56,7 +56,7 @@ class Emu35OutputMixin:
         skip_prompt: bool = True,
         generation_mode: str | None = "interleaved",
         **kwargs,
-    ) -> list[list[Segment]] | list[str] | list[PIL.Image.Image]:
+    ) -> list[Segments] | list[str] | list[PIL.Image.Image]:
         """What [`generate`] returned, row by row.
 
         Args:
@@ -68,7 +68,7 @@ class Emu35OutputMixin:
                 "interleaved": segments.  "text" or `None` (so transformers' pipelines call it): strings, prompt
                 included, images left out.  "image": pixels, as the model's `decode_image_tokens` returns them, to PIL.
         Returns:
-            one list of segments, one string or one image per row.
+            one [`Segments`], one string or one image per row.
         """
         if generation_mode not in ("interleaved", "text", "image", None):
             raise ValueError(f'`generation_mode` must be "interleaved", "text" or "image", got {generation_mode!r}.')
@@ -88,10 +88,12 @@ class Emu35OutputMixin:
         if skip_prompt and starts is not None:
             rows = [row[start:] for row, start in zip(rows, to_list(starts), strict=True)]
             skip_prompt = False
-        decoder = vision_tokenizer if images is None else None
-        results = [self.decode_multimodal(row, decoder, skip_special_tokens, skip_prompt) for row in rows]
+        results = [self.decode_multimodal(row, None, skip_special_tokens, skip_prompt) for row in rows]
         if images is not None:
             _attach(results, images)
+        if vision_tokenizer is not None:
+            for segments in results:
+                decode_images(segments, vision_tokenizer)
         return results
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
@@ -165,7 +167,7 @@ def to_list(ids: Any) -> Any:
     return ids
 
 
-def _attach(results: list[list[Segment]], images: Any) -> None:
+def _attach(results: list[Segments], images: Any) -> None:
     """Gives the pictures that came with an output to the complete images, in order."""
     images = list(images)
     if len(images) == len(results) and all(isinstance(row, (list, tuple)) for row in images):

@@ -6,6 +6,7 @@ become a control token.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from .prompts_emu35 import (
     read_conversation,
     unconditional_pieces,
 )
+from .segments_emu35 import Segment
 
 _VISUAL_TOKEN_PATTERN = re.compile(r"<\|visual token (\d{6})\|>")
 
@@ -61,7 +63,8 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
         token_layout ([`Emu35TokenLayout`] or `dict`, *optional*): which id means what; default: the released one.
         image_area (`int` or `dict[str, int]`, *optional*):
             pixels, about, of an image of the prompt, for all tasks or by task; default: the task's own.
-        max_images (`int`, defaults to 3): images allowed in one user turn (3 is the release's limit for x2i).
+        max_images (`int`, defaults to 3):
+            images of one user turn that the model was trained for (3 is the release's limit); more give a warning.
 
     Example:
         >>> inputs = processor(text="a red fox", task="t2i")
@@ -124,7 +127,7 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
             images:
                 for one text: an image or a list of images; for a list of texts: a list of the same length whose items
                 are an image, a list of images, or `None`.  What counts as an image: see [`Emu35ImageProcessor`].
-            task (`str`): "t2i", "x2i", "howto", "story", "explore", "vla" or "vqa".
+            task (`str`): "t2i", "x2i", "howto", "story", "explore", "vla", "vqa" or "chat".
             image_area (`int`, *optional*): pixels, about, of each image after resizing.
             return_tensors (`str`, *optional*): "pt", "np", or `None` for lists (of ids; pixels are always tensors).
             padding (`bool` or `str`): to the longest, on the left; "max_length": to `max_length`; `False`: not at all.
@@ -140,8 +143,8 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
             `negative_prompt_attention_mask`; and, with images, those without images too (for two-scale guidance) as
             `negative_image_prompt_ids` and `negative_image_prompt_attention_mask`.
         Raises:
-            TypeError, ValueError: on empty or too long text, images that cannot be read, too many or too few images,
-                an unknown task, or a batch whose texts and images don't match.
+            TypeError, ValueError: on empty or too long text, images that cannot be read, none where the task needs
+                one or any where it takes none, an unknown task, or a batch whose texts and images don't match.
         """
         for name, value in (("videos", videos), ("audio", audio)):
             if value is not None:
@@ -165,7 +168,7 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
         self,
         conversation: list[dict] | list[list[dict]],
         chat_template: None = None,
-        task: str = "t2i",
+        task: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tokenize: bool = True,
@@ -184,20 +187,27 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
         One user message gives exactly what [`__call__`] gives. The release knows only that one turn; further turns are
         written like the first, and an assistant's turn ends as its answers end:
         `{BOS}{system} USER: {content} ASSISTANT: {BSS}{answer}{ESS}{EOS} USER: {content} ASSISTANT: {BSS}`.
-        A system message takes the place of the task's opening sentence. The unconditional prompts hold all images of
-        the conversation and none of its text.
+        A system message takes the place of the task's opening sentence. The unconditional prompts hold all images so
+        far, of both sides, and none of the text.
 
         Args:
             conversation:
                 messages `{"role": "system" | "user" | "assistant", "content": ...}`. Content is a string or a list of
                 `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or "path", "url", "base64").
                 An assistant's may also hold `{"type": "global_thought" | "image_thought", "text": ...}`, or the
-                segments that [`decode_multimodal`] returned. In a user's turn the task decides whether images stand
-                before or after the text, as in training; only images *between* texts stay where they are.
-            task (`str`): see [`__call__`].
+                segments that [`decode_multimodal`] returned, whose images go back in as the codes they are; or it is
+                the ids of the answer, `output.sequences[row, output.answer_start[row]:]`. With its ids the next prompt
+                begins, token for token, with what the model has read and written so far, so that a cache of it fits;
+                read off text alone, it may be split into other tokens. In a user's turn the task decides whether
+                images stand before or after the text, as in training; only images *between* texts stay where they
+                are.
+            task (`str`, *optional*):
+                see [`__call__`]. Default: "chat" where the user speaks more than once, else "t2i". For a dialogue say
+                "chat" from its first turn on: the opening sentence depends on it.
             add_generation_prompt (`bool`): whether the assistant speaks next. `False` for training.
             continue_final_message (`bool`):
-                the last message is the assistant's and unfinished (`add_generation_prompt` is without effect then).
+                the last message is the assistant's and unfinished (`add_generation_prompt` is without effect then);
+                for example the frames so far of a `vla`. Given as ids, it may end anywhere, even inside an image.
             tokenize (`bool`): `False`: the prompt as a string, for reading. Do not encode it again: in a string, text
                 that looks like a control token cannot be told from a control token.
             return_dict (`bool`): `False`: only the ids.
@@ -228,7 +238,7 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
         batched = is_list and isinstance(conversation[0], (list, tuple))
         names = [f"messages[{row}]" for row in range(len(conversation))] if batched else ["messages"]
         conversations = [
-            read_conversation(messages, self.token_layout, name)
+            read_conversation(self._with_ids(messages), self.token_layout, name, continue_final_message)
             for messages, name in zip(conversation if batched else [conversation], names, strict=True)
         ]
         for parsed, name in zip(conversations, names, strict=True):
@@ -240,6 +250,9 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
                     f"the last of `{name}` is the assistant's. To go on with it: `continue_final_message=True`; for a "
                     "finished conversation: `add_generation_prompt=False`."
                 )
+        if options["task"] is None:
+            dialogue = any(sum(turn.role == "user" for turn in item.turns) > 1 for item in conversations)
+            options["task"] = "chat" if dialogue else "t2i"
         inputs = self._build_inputs(
             conversations,
             names,
@@ -255,6 +268,22 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
             ]
             return [self.decode(row) for row in ids] if batched else self.decode(ids[0])
         return inputs if return_dict else inputs["input_ids"]
+
+    def _with_ids(self, messages: Any) -> Any:
+        """The messages, with the ids an answer's segments were read from in place of the segments.
+
+        Only where the ids still say the same: segments are lists, which callers may change.
+        """
+        if not isinstance(messages, (list, tuple)):
+            return messages
+        found = []
+        for message in messages:
+            content = message.get("content") if isinstance(message, dict) else None
+            ids = getattr(content, "ids", None)
+            if ids and self.token_layout.bos_token_id not in ids and _same(self.decode_multimodal(ids), content):
+                message = {**message, "content": ids}
+            found.append(message)
+        return found
 
     def _build_inputs(
         self,
@@ -287,11 +316,12 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
             pieces, spoken = conversation.pieces(template, layout, assistant_next, open_end)
             ids, mask = self._encode(pieces, spoken, allow_control_tokens)
             if len(ids) > limit:
-                num_image_tokens = sum(layout.num_image_tokens(*image.size) for image in conversation.images)
-                raise ValueError(
-                    f"`{name}` gives a prompt of {len(ids)} tokens ({num_image_tokens} of them images), more than "
-                    f"`max_length`={limit}. Shorten the text, pass fewer images, or a smaller `image_area`."
-                )
+                parts = [
+                    part.pieces(template, layout, part.turns[-1].role == "user")[0]
+                    for part in conversation.beginnings()[:-1]
+                ]
+                ends = [len(self._encode(part, None, allow_control_tokens)[0]) for part in parts]
+                raise ValueError(self._too_long(conversation, name, [*ends, len(ids)], limit))
             prompts.append(ids)
             masks.append(mask)
         width = max_length if padding == "max_length" else None
@@ -305,7 +335,7 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
         if return_assistant_masks:
             data["assistant_masks"] = _pad(masks, 0, padding, return_tensors, width)
         if template.makes_images and (assistant_next or open_end):
-            unconditional = [unconditional_pieces(layout, item.images) for item in conversations]
+            unconditional = [item.unconditional_pieces(layout, open_end) for item in conversations]
             add(
                 "negative_prompt_ids",
                 "negative_prompt_attention_mask",
@@ -326,22 +356,39 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
                 raise ValueError(
                     f"`{name}`: the prompt is empty. Say what you want; guidance makes its own empty prompts."
                 )
-            limit = self.max_images if template.max_images is None else template.max_images
-            if len(turn.images) > limit == 0:
+            if turn.images and not template.takes_images:
                 raise ValueError(
                     f"`task={task!r}` takes no images, but `{name}` has {len(turn.images)}. Use task='x2i' to make a "
                     "new image of them, 'vqa' to ask about them."
                 )
-            if len(turn.images) > limit:
-                raise ValueError(
-                    f"`{name}` has {len(turn.images)} images, more than `max_images`={limit}. Pass fewer, or set "
-                    "`processor.max_images`."
+            if len(turn.images) > self.max_images:
+                warnings.warn(
+                    f"`{name}` has {len(turn.images)} images in one turn. The model was trained with at most "
+                    f"{self.max_images} (`processor.max_images`): expect less of it.",
+                    stacklevel=4,
                 )
         if len(conversation.images) < template.min_images:
             raise ValueError(
                 f"`task={task!r}` needs an image, but `{name}` has none. Pass `images=`, or use another task "
                 "('t2i' makes images from text alone)."
             )
+
+    def _too_long(self, conversation: Conversation, name: str, ends: list[int], limit: int) -> str:
+        """What to say of a prompt that does not fit.  `ends`: its tokens up to the end of each turn."""
+        place = next(index for index, end in enumerate(ends) if end > limit)
+        turn, before = conversation.turns[place], ends[place - 1] if place else 0
+        length = f"{ends[place] - before} tokens"
+        if turn.images:
+            num_image_tokens = sum(self.token_layout.num_image_tokens(*image.size) for image in turn.images)
+            length += f" ({len(turn.images)} image{'s' * (len(turn.images) > 1)}: {num_image_tokens})"
+        way_out = "shorten the text, pass fewer images, or a smaller `image_area`."
+        if len(ends) == 1:
+            return f"`{name}` gives a prompt of {length}, more than `max_length`={limit}. S{way_out[1:]}"
+        message = place + (conversation.system is not None)
+        return (
+            f"`{name}[{message}]`, the {turn.role}'s, does not fit: it takes {length}, but the turns before it leave "
+            f"{limit - before} of `max_length`={limit}. Drop earlier turns, {way_out}"
+        )
 
     def _encode_images(
         self, conversations: list[Conversation], template: TaskTemplate, task: str, image_area: int | None
@@ -413,6 +460,20 @@ class Emu35Processor(Emu35OutputMixin, ProcessorMixin):
                 ids.append(self.token_layout.visual_token_offset + code)
                 begin = match.end()
         return ids
+
+
+def _same(segments: Sequence[Segment], others: Sequence[Segment]) -> bool:
+    """Whether two answers have the same texts, thoughts and codes."""
+    return [_said(segment) for segment in segments] == [_said(segment) for segment in others]
+
+
+def _said(segment: Segment) -> Any:
+    kind = getattr(segment, "kind", None)
+    if kind == "image":
+        return [segment.complete, segment.codes.tolist()]
+    if kind == "global_thought":
+        return [segment.complete, *map(_said, segment.segments)]
+    return segment
 
 
 def _check_layout(tokenizer: PreTrainedTokenizerBase, layout: Emu35TokenLayout):

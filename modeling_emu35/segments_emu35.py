@@ -5,8 +5,10 @@ The grammar of an answer: `[BOG global thought EOG] {text | [BOC image thought E
 what surrounds it. Ids are integers here from beginning to end.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,7 +41,8 @@ class Image:
     """One image.
 
     Attributes:
-        codes (`torch.LongTensor` of shape `(token_height, token_width)`): the rows that are whole, as visual codes.
+        codes (`torch.LongTensor` of shape `(token_height, token_width)`):
+            the rows that are whole, as visual codes; `(0, 0)` for an image out of a file, which has only pixels.
         image (`PIL.Image.Image` or `None`): the pixels, if they were asked for and `codes` has any.
         complete (`bool`): whether it follows the grammar: closed, and of the size that it announces.
         reason (`str`): what is wrong with it otherwise.
@@ -73,9 +76,75 @@ class GlobalThought:
 Segment = Text | GlobalThought | ImageThought | Image
 
 
-def parse_segments(
-    ids: Sequence[int], layout: Emu35TokenLayout, decode_text: Callable[[list[int]], str]
-) -> list[Segment]:
+class Segments(list):
+    """One answer: a list of [`Text`], [`GlobalThought`], [`ImageThought`] and [`Image`].
+
+    Example:
+        >>> segments = processor.post_process_multimodal_output(output, vision_tokenizer=model)[0]
+        >>> segments.save("out", prompt="a fox crosses the river")
+        PosixPath('out')
+    """
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return Segments(item) if isinstance(index, slice) else item
+
+    def __add__(self, other):
+        return Segments([*self, *other]) if isinstance(other, list) else NotImplemented
+
+    @property
+    def text(self) -> str:
+        """Its text, without thoughts and images."""
+        return "".join(segment.text for segment in self if segment.kind == "text")
+
+    @property
+    def images(self) -> list[PIL.Image.Image]:
+        """Its complete images, those inside a global thought included.  Raises a ValueError if one has no pixels."""
+        self.check_decoded()
+        return [image.image for image in iter_images(self) if image.complete]
+
+    def check_decoded(self) -> None:
+        """Raises a ValueError if a complete image has codes only, and a TypeError if an element is no segment."""
+        for index, segment in enumerate(self):
+            if not isinstance(segment, Segment):
+                raise TypeError(
+                    f"`segments[{index}]` must be a Text, GlobalThought, ImageThought or Image, got "
+                    f"{type(segment).__name__}."
+                )
+        for number, image in enumerate(iter_images(self), start=1):
+            if image.complete and image.image is None:
+                raise ValueError(
+                    f"image {number} is not decoded: it has codes but no pixels. Pass `vision_tokenizer=model` to "
+                    "`post_process_multimodal_output` or `decode_multimodal`."
+                )
+
+    def save(
+        self,
+        directory: str | os.PathLike,
+        title: str | None = None,
+        prompt: str | None = None,
+        fps: float = 1,
+        reference_images: Sequence[Any] = (),
+    ) -> Path:
+        """Writes the answer as something to look at; see [`save_segments`].
+
+        Returns:
+            `Path`: the folder. It holds `index.html`, `story.md`, `image-01.png`, ... and perhaps `story.mp4`.
+        """
+        from .segments_saving_emu35 import save_segments  # which knows the segments
+
+        return save_segments(self, directory, title, prompt, fps, reference_images)
+
+    def save_protobuf(
+        self, path: str | os.PathLike, prompt: str | None = None, reference_images: Sequence[Any] = ()
+    ) -> Path:
+        """Writes the answer in the format of the public release; see [`save_story`]."""
+        from .protobuf_emu35 import Story, save_story
+
+        return save_story(Story(prompt or "", reference_images, self), path)
+
+
+def parse_segments(ids: Sequence[int], layout: Emu35TokenLayout, decode_text: Callable[[list[int]], str]) -> Segments:
     """Splits a sequence into its segments.
 
     As in the release, end-of-segment and end-of-sequence tokens vanish, and text of nothing but white space is left
@@ -85,7 +154,7 @@ def parse_segments(
         ids (`Sequence[int]`): one sequence, without batch dimension.
         decode_text: renders the ids of a run of text, misplaced control tokens included.
     """
-    segments: list[Segment] = []
+    segments = Segments()
     run: list[int] = []
 
     def end_of_text():
@@ -189,7 +258,7 @@ def iter_images(segments: Sequence[Segment]) -> Iterator[Image]:
 
 
 def decode_images(segments: Sequence[Segment], vision_tokenizer: Any) -> None:
-    """Fills in the pixels of all images that have whole rows, in place.
+    """Fills in the pixels, in place, of all images that have whole rows and no pixels yet.
 
     A code outside the codebook makes an image incomplete, with a reason.
 
@@ -201,7 +270,7 @@ def decode_images(segments: Sequence[Segment], vision_tokenizer: Any) -> None:
     config = getattr(config, "vision_tokenizer_config", config)
     codebook_size = getattr(config, "codebook_size", None)
     for image in iter_images(segments):
-        if not image.codes.numel() or (image.codes < 0).any():
+        if image.image is not None or not image.codes.numel() or (image.codes < 0).any():
             continue
         if codebook_size is not None and int(image.codes.max()) >= codebook_size:
             image.complete = False
@@ -259,4 +328,4 @@ def _find(ids: Sequence[int], begin: int, wanted: Callable[[int], bool]) -> int:
     return next((index for index in range(begin, len(ids)) if wanted(ids[index])), len(ids))
 
 
-__all__ = ["GlobalThought", "Image", "ImageThought", "Text"]
+__all__ = ["GlobalThought", "Image", "ImageThought", "Segments", "Text"]

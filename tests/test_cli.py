@@ -3,9 +3,14 @@
 import argparse
 import errno
 import importlib.util
+import io
+import itertools
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import emu35
@@ -218,6 +223,161 @@ def test_a_question_reaches_the_prompt(run, picture, monkeypatch):
     assert asked == ["what color is the fox?"]
 
 
+# --------------------------------------------------------------------------------------------------------------- story
+
+
+@pytest.fixture
+def told(tiny_processor, tiny_layout, monkeypatch):
+    """`told("a fox", [[1, 2]], "eos")`: what the model's next answers are. Returns its calls, as they come."""
+
+    def script(*answers: list, interrupt_at: int | None = None) -> list[dict]:
+        calls, waiting = [], iter(answers)
+
+        def generate(self, input_ids, streamer, **kwargs):
+            calls.append({"input_ids": input_ids[0].tolist(), **kwargs})
+            ids = []
+            for part in next(waiting):
+                if isinstance(part, list):
+                    offset = tiny_layout.visual_token_offset
+                    ids += tiny_layout.image_token_ids([[offset + code for code in row] for row in part])
+                else:
+                    role = tiny_layout.special_token_ids.get(part)
+                    ids += tiny_processor._encode_text(part) if role is None else [role]
+            streamer.put(input_ids)
+            for number, token_id in enumerate(ids):
+                if number == interrupt_at:
+                    signal.raise_signal(signal.SIGINT)  # handled by the main thread, like Ctrl-C
+                    while not streamer.stop_requested:
+                        time.sleep(0.001)
+                if streamer.stop_requested:
+                    break
+                streamer.put(torch.tensor([token_id]))
+            streamer.end()
+            sequences = torch.cat([input_ids, torch.tensor([ids])], dim=1)
+            return emu35.Emu35GenerateOutput(sequences, torch.tensor([input_ids.shape[1]]))
+
+        monkeypatch.setattr(Emu35ForConditionalGeneration, "generate", generate)
+        return calls
+
+    return script
+
+
+PICTURE = [[1, 2, 3], [4, 5, 6]]
+
+
+def test_a_story_is_shown_and_saved(run, told):
+    calls = told(
+        ["bog", "plan", "eog", " a fox\x1b[2J", PICTURE, "boc", "blue", "eoc", PICTURE, "the end", "ess", "eos"]
+    )
+    status, out, err = run("story", PROMPT, "-o", "out", "--max-images", 3, "--guidance-scale", 2, "--seed", 4)
+    assert status == 0, err
+    *shown, last = out.splitlines()
+    assert shown == [
+        "plan", "a fox[2J", "out/image-01.png: 12 x 8 pixels", "blue", "out/image-02.png: 12 x 8 pixels", "the end",
+    ]  # fmt: skip
+    assert last.startswith("out/index.html: seed 4; ")
+    assert {path.name for path in Path("out").iterdir()} >= {"index.html", "story.md", "image-01.png", "image-02.png"}
+    assert PROMPT in Path("out/story.md").read_text() and "the end" in Path("out/story.md").read_text()
+    (call,) = calls
+    assert (call["task"], call["generation_mode"], call["max_images"]) == ("story", "interleaved", 3)
+    assert call["guidance_scale"] == 2 and call["generator"].initial_seed() == 4 and "max_new_tokens" not in call
+
+
+def test_a_real_model_tells_a_story(run):
+    status, out, err = run("story", PROMPT, "--max-new-tokens", 20)
+    assert status == 0, err
+    assert "story/index.html: seed 0" in out and Path("story/index.html").is_file()
+    assert "see --max-new-tokens" in err
+
+
+@pytest.mark.parametrize("task", ["explore", "vla"])
+def test_a_story_goes_on_with_each_line(task, run, told, picture, monkeypatch, tiny_layout):
+    calls = told(["a house", PICTURE, "eos"], ["a wood", PICTURE, PICTURE, "ess", "eos"], ["a lake", "eos"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go north\ngo east\n\ngo home\n"))
+    status, out, err = run("story", PROMPT, "-o", "out", "--task", task, "--image", picture, "--interactive")
+    assert status == 0, err
+    assert [line for line in out.splitlines() if ".png" in line] == [
+        f"out/image-0{number}.png: 12 x 8 pixels" for number in (1, 2, 3)
+    ]
+    assert len(calls) == 3 and {call["task"] for call in calls} == {task}
+    processor = Emu35Processor.from_pretrained(cli_tools_emu35.TINY)
+    for before, after in itertools.pairwise(calls):
+        assert after["input_ids"][: len(before["input_ids"])] == before["input_ids"]
+    assert [call["input_ids"].count(tiny_layout.boi_token_id) for call in calls] == [1, 2, 4]
+    assert "go north" in processor.decode(calls[1]["input_ids"]) and "go east" in processor.decode(
+        calls[2]["input_ids"]
+    )
+    story = Path("out/story.md").read_text()
+    places = [story.index(text) for text in ("a house", "go north", "a wood", "image-03.png", "go east", "a lake")]
+    assert places == sorted(places) and "go home" not in story
+    assert Path("out/reference-01.png").is_file()
+
+
+def test_an_incomplete_image_is_told_and_left_out_of_what_follows(run, told, monkeypatch, tiny_layout):
+    calls = told(["a fox", "boi", "2", "eoi", " ends", "eos"], ["yes", "eos"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("more\n"))
+    status, out, _ = run("story", PROMPT, "--interactive")
+    assert status == 0
+    assert out.splitlines()[:4] == ["a fox", out.splitlines()[1], "2 ends", "yes"]
+    assert out.splitlines()[1].startswith("image 1 is incomplete: not closed; its size")
+    assert tiny_layout.boi_token_id not in calls[1]["input_ids"]
+
+
+def test_ctrl_c_keeps_what_is_finished(run, told):
+    told(["a fox", PICTURE, " and ", PICTURE], interrupt_at=24)
+    status, out, err = run("story", PROMPT, "-o", "out")
+    assert (status, err) == (130, "interrupted\n")
+    assert {path.name for path in Path("out").glob("*.png")} >= {"image-01.png"}
+    assert not Path("out/image-02.png").exists()
+    assert "a fox" in Path("out/story.md").read_text() and "out/index.html" in out
+    assert not [thread for thread in threading.enumerate() if thread.name == "Emu35Streamer.run"]
+
+
+def test_an_error_in_a_story_keeps_what_is_finished(run, told, monkeypatch):
+    told(["a fox", PICTURE, "eos"], ["too long", "eos"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("more " * 600))
+    status, out, err = run("story", PROMPT, "-o", "out", "--interactive")
+    assert status == 2 and "`messages[2]`" in err and err.count("\n") == 1
+    assert "out/index.html" in out and Path("out/image-01.png").is_file()
+
+
+def test_a_story_does_not_touch_files_of_others(run, told):
+    told(["a fox", PICTURE, "eos"])
+    Path("image-01.png").write_bytes(b"mine")
+    status, out, err = run("story", PROMPT, "-o", ".")
+    assert (status, out) == (2, "") and "image-01.png" in err
+    assert Path("image-01.png").read_bytes() == b"mine" and len(list(Path().iterdir())) == 1
+
+
+class Terminal(io.StringIO):
+    encoding = "ascii"
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_on_a_terminal_thoughts_are_dim_and_rows_are_counted(no_color, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    out, saved = Terminal(), []
+    with cli_tools_emu35.StoryDisplay(lambda *args: saved.append(args) or "x.png", 1, out) as display:
+        display.show(emu35.ThoughtPiece("a plan", "global"))
+        display.show(emu35.TextPiece("\n\ncaf\N{LATIN SMALL LETTER E WITH ACUTE}\n"))
+        display.show(emu35.TextPiece("  two"))
+        display.show(emu35.ImageStarted(0, 3, 1))
+        display.bar.mininterval = 0
+        for rows in ((1,), (1, 2, 3)):
+            display.show(emu35.ImageProgress(0, rows, 3, 1))
+        picture = Image.new("RGB", (4, 12))
+        display.show(emu35.ImageFinished(0, torch.zeros(3, 1), picture))
+        display.show(emu35.TextPiece("the end"))
+    plan = "a plan" if no_color else "\x1b[2ma plan\x1b[0m"
+    assert out.getvalue() == f"{plan}\ncaf?\n  two\nx.png: 4 x 12 pixels\nthe end\n"
+    assert "image 2: 1/3 rows" in sys.stderr.getvalue() and "image 2: 3/3 rows" in sys.stderr.getvalue()
+    assert saved == [(2, picture)]
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -254,6 +414,11 @@ def broken_file(name: str, content: bytes = b"\x89PNG\r\n\x1a\nnot really") -> s
         (("generate", PROMPT, "--vision-tokenizer", "."), "model.safetensors"),
         (("describe", "missing.png"), "missing.png"),
         (("describe", "corrupt.png", "--question", " "), "empty prompt"),
+        (("story", ""), "empty"),
+        (("story", PROMPT, "--image", "missing.png"), "missing.png"),
+        (("story", PROMPT, "--guidance-scale", "-1"), "`guidance_scale` must be at least 0"),
+        (("story", PROMPT, "-o", "corrupt.png"), "corrupt.png is a file"),
+        (("story", PROMPT, "-o", "no/such"), "there is no folder no"),
         (("convert", "--model", ".", "--output", "new"), "model.safetensors"),
         (("train", "missing.yaml"), "missing.yaml"),
         (("train", "broken.yaml"), "broken.yaml"),
@@ -290,6 +455,8 @@ def test_mistakes_are_told_in_one_line(run, arguments, expected):
         (("generate", PROMPT, "--task", "t2v"), "t2v"),
         (("generate", PROMPT, "--load-in", "2bit"), "2bit"),
         (("eval", "--task", "story"), "story"),
+        (("story", PROMPT, "--task", "t2i"), "t2i"),
+        (("story", PROMPT, "--max-images", "0"), "--max-images"),
         (("eval", "--sweep", "guidance_scale"), "--sweep"),
         (("convert", "--output", "new"), "--model"),
         (("convert", "--model", ".", "--output", "new", "--ouput", "x"), "--ouput"),
@@ -404,7 +571,7 @@ def test_every_command_explains_itself_with_an_example(run):
     commands = next(
         action.choices for action in cli._build_parser()._actions if isinstance(action, argparse._SubParsersAction)
     )
-    assert set(commands) == {"generate", "describe", "convert", "train", "eval", "bench"}
+    assert set(commands) == {"generate", "describe", "story", "convert", "train", "eval", "bench"}
     for name in commands:
         status, out, _ = run(name, "--help")
         assert status == 0 and f"example:\n  emu35 {name} " in out, name

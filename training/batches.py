@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 
+from .frame_codes import FrameEncoder
 from .recipe import StageRecipe
 from .sequences import IGNORED, SequenceWriter, TokenSequence
-from .shapes import Scene, render
 
 MASKED = -1e4
 """Added to attention scores that must vanish; finite, so that rows of padding stay numbers."""
@@ -53,13 +53,25 @@ class BatchSource:
     """
 
     def __init__(self, writer: SequenceWriter, vision_tokenizer: Emu35VisionTokenizer, seed: int):
-        self.writer, self.vision_tokenizer = writer, vision_tokenizer.eval()
+        self.writer, self.encode = writer, FrameEncoder(vision_tokenizer.eval())
         self.seed = seed
 
-    def batch(self, step: int, stage: StageRecipe, stream: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
-        """One of the batches of a step, one a stream. `dtype`: of the attention mask."""
+    def batch(
+        self,
+        step: int,
+        stage: StageRecipe,
+        stream: int = 0,
+        dtype: torch.dtype = torch.float32,
+        progress: float = 1.0,
+    ) -> Batch:
+        """One of the batches of a step, one a stream.
+
+        Args:
+            dtype (`torch.dtype`): of the attention mask.
+            progress (`float`): how far the stage has come, in [0, 1], for its difficulty.
+        """
         rng = np.random.default_rng((self.seed, 2, step, stream))
-        rows = self._draw_rows(rng, stage)
+        rows = self._draw_rows(rng, stage, progress)
         shape = (stage.rows, stage.row_length)
         layout = self.writer.layout
         input_ids = np.full(shape, layout.pad_token_id)
@@ -72,14 +84,12 @@ class BatchSource:
                 input_ids[index, span], labels[index, span] = sequence.input_ids, sequence.labels
                 positions[index, span], segments[index, span] = range(len(sequence)), number
                 begin = span.stop
-        visual = torch.from_numpy(
-            self._encode([scene for row in rows for sequence in row for scene in sequence.scenes])
-        )
-        visual += layout.visual_token_offset
         input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
         holes = input_ids == layout.image_placeholder_token_id
         learnt = labels == layout.image_placeholder_token_id
-        input_ids[holes] = visual
+        frames = [frame for row in rows for sequence in row for frame in sequence.frames]
+        if frames:
+            input_ids[holes] = torch.from_numpy(self.encode(frames)).flatten() + layout.visual_token_offset
         labels[learnt] = input_ids[learnt]
         segments = torch.from_numpy(segments)
         visible = (segments[:, :, None] == segments[:, None, :]).tril()
@@ -93,14 +103,23 @@ class BatchSource:
             int((segments >= 0).sum()),
         )
 
-    def _draw_rows(self, rng: np.random.Generator, stage: StageRecipe) -> list[list[TokenSequence]]:
+    def _draw_rows(self, rng: np.random.Generator, stage: StageRecipe, progress: float) -> list[list[TokenSequence]]:
         """A little more than fits is drawn; the longest go first, each to the fullest row that has room (best fit)."""
         writer, kinds = self.writer.for_stage(stage), list(stage.mixture)
-        edges = np.cumsum(list(stage.mixture.values()))
+        shares = np.array(list(stage.mixture.values()))
+        if stage.balance == "tokens":
+            shares = shares / [writer.mean_length(kind) for kind in kinds]
+        edges = np.cumsum(shares)
+        difficulty = stage.difficulty_at(progress)
         drawn, wanted = [], SURPLUS * stage.rows * stage.row_length
         while wanted > 0:
             kind = kinds[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
-            drawn.append(writer.draw(kind, rng))
+            drawn.append(writer.draw(kind, rng, difficulty))
+            if len(drawn[-1]) > stage.row_length:
+                raise ValueError(
+                    f"`row_length` of stage {stage.name!r} is {stage.row_length}, but a sequence of the kind {kind!r} "
+                    f"has {len(drawn[-1])} tokens. Raise it."
+                )
             wanted -= len(drawn[-1])
         rows: list[list[TokenSequence]] = [[] for _ in range(stage.rows)]
         room = [stage.row_length] * stage.rows
@@ -111,13 +130,3 @@ class BatchSource:
                 rows[index].append(sequence)
                 room[index] -= len(sequence)
         return rows
-
-    @torch.no_grad()
-    def _encode(self, scenes: list[Scene]) -> np.ndarray:
-        """Codes of the scenes' images, one after the other."""
-        if not scenes:
-            return np.zeros(0, dtype=np.int64)
-        parameter = next(self.vision_tokenizer.parameters())
-        pixels = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2)
-        pixels = pixels.to(parameter.device, torch.float32) / 127.5 - 1
-        return self.vision_tokenizer.encode(pixels).flatten().cpu().numpy()

@@ -3,11 +3,13 @@
     emu35 eval --task t2i --num 600 --seed 1       # prompts -> images -> checker
     emu35 eval --task vqa --num 600 --seed 1       # images + questions -> answers, compared exactly
     emu35 eval --task reconstruction --num 1000    # images -> codes -> images -> checker
+    emu35 eval --task story --num 300 --seed 1     # episodes: x2i, story, howto, explore, vla, multi_vqa, chat
 
 Scenes, captions and questions are drawn afresh from the seed. Training draws from other streams of random numbers and
 never shows a held-out pair of colour and shape; scenes with such a pair are reported apart.
 """
 
+import functools
 import logging
 import os
 from collections import defaultdict
@@ -22,8 +24,10 @@ from emu35.processing_emu35 import Emu35Processor
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .contact_sheet import contact_sheet
+from .contact_sheet import contact_sheet, episode_sheet
+from .play import play, said
 from .shapes import (
+    EPISODES,
     IMAGE_SIZE,
     Caption,
     Question,
@@ -40,8 +44,12 @@ from .train_vision_tokenizer import evaluate_vision_tokenizer
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("t2i", "vqa", "reconstruction")
+TASKS = ("t2i", "vqa", "reconstruction", *EPISODES)
+_TEXT_TASKS = ("vqa", "multi_vqa")
+_TEMPLATES = {"multi_vqa": "vqa"}
+"""Tasks of the world whose prompt has another name."""
 _NUM_SAMPLES = 12
+_NUM_EPISODES = 6
 _STREAM = 90210  # keeps the scenes of an evaluation apart from those of training with the same seed
 
 
@@ -63,7 +71,7 @@ def evaluate(
 
     Args:
         model ([`Emu35ForConditionalGeneration`], `str` or `os.PathLike`): a model, or where one is saved.
-        task (`str`): "t2i", "vqa" or "reconstruction".
+        task (`str`): "t2i", "vqa", "reconstruction" or a key of `shapes.EPISODES`.
         num (`int`): prompts or images; a third each with 1, 2 and 3 objects, captions half full and half partial.
         seed (`int`): of scenes, sentences and sampling.
         guidance_scale (`float`, *optional*): instead of the checkpoint's own.
@@ -73,19 +81,21 @@ def evaluate(
         processor ([`Emu35Processor`], *optional*): needed when `model` is not a path.
         device (`str`): where a model given by path is put.
         progress (`bool`): show a progress bar.
-        samples_path (`str` or `os.PathLike`, *optional*): "t2i": a PNG with the first images and their sentences.
+        samples_path (`str` or `os.PathLike`, *optional*):
+            a PNG with the first images and their sentences, or with the first episodes.
         settings: further settings of `generate`, for example `image_top_k`.
     Returns:
         `dict` of plain values, rates in [0, 1]. "t2i": `whole_scene` (`all`, by number of objects, by caption),
         `aspects` (of what the captions say), `held_out`. "vqa": `accuracy`, `by_kind`, `describe` (whole description
-        exact), `held_out`. "reconstruction": see [`evaluate_vision_tokenizer`].
+        exact), `held_out`. "reconstruction": see [`evaluate_vision_tokenizer`]. Episodes: `rates`, the mean of all
+        that the task's checker marks, and `by_kind`.
     Raises:
         ValueError: if the task is unknown, `num` is not positive, or `processor` is missing.
     """
-    if samples_path is not None and task != "t2i":
-        raise ValueError(f"`samples_path` shows images that were made, which `task`={task!r} does not. Leave it out.")
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
+    if samples_path is not None and task in ("vqa", "reconstruction"):
+        raise ValueError(f"`samples_path` shows images that were made, which `task`={task!r} does not. Leave it out.")
     if num < 1 or batch_size < 1:
         raise ValueError(f"`num` and `batch_size` must be positive, got {num} and {batch_size}.")
     if isinstance(model, str | os.PathLike):
@@ -104,14 +114,13 @@ def evaluate(
         return result
     if guidance_scale is not None:
         settings["guidance_scale"] = guidance_scale
-    config = model.generation_config.with_settings(task, **settings)
-    names = {
-        "t2i": ("guidance_scale", "image_top_k", "image_top_p", "image_temperature", "do_sample"),
-        "vqa": ("top_k", "top_p", "temperature", "do_sample"),
-    }
-    result["settings"] = {name: getattr(config, name) for name in names[task]}
+    config = model.generation_config.with_settings(_TEMPLATES.get(task, task), **settings)
+    names = ("guidance_scale", "image_top_k", "image_top_p", "image_temperature") if task not in _TEXT_TASKS else ()
+    names += ("top_k", "top_p", "temperature") if task != "t2i" else ()
+    result["settings"] = {name: getattr(config, name) for name in (*names, "do_sample")}
     run = _Evaluation(model, processor, seed, batch_size, settings, progress, samples_path)
-    measure = run.text_to_image if task == "t2i" else run.question_answering
+    measures = {"t2i": run.text_to_image, "vqa": run.question_answering}
+    measure = measures.get(task, functools.partial(run.episodes, task))
     result |= measure(num, held_out=False)
     if num_held_out:
         result["held_out"] = {"num": num_held_out, **measure(num_held_out, held_out=True)}
@@ -170,6 +179,24 @@ class _Evaluation:
         output = self._generate(inputs, "t2i", "image", generator)
         size = (IMAGE_SIZE, IMAGE_SIZE)
         return [images[0] if images and images[0].size == size else None for images in output.images]
+
+    def episodes(self, task: str, num: int, held_out: bool) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, _STREAM, held_out))
+        episodes = [EPISODES[task].sample(rng, held_out=held_out) for _ in range(num)]
+        rates, kinds, played = defaultdict(list), defaultdict(lambda: defaultdict(list)), []
+        for batch, generator in self._batches(episodes, task):
+            for episode, answers in zip(
+                batch, play(self.model, self.processor, batch, generator, **self.settings), strict=True
+            ):
+                marks = EPISODES[task].check(episode.meaning, [[said(one) for one in answer] for answer in answers])
+                played.append((episode, answers, marks))
+                for name, value in marks.items():
+                    if value is not None:
+                        rates[name].append(value)
+                        kinds[episode.kind][name].append(value)
+        if self.samples_path is not None and not held_out:
+            episode_sheet(played[:_NUM_EPISODES], self.samples_path)
+        return {"rates": _means(rates), "by_kind": {kind: _means(own) for kind, own in sorted(kinds.items())}}
 
     def question_answering(self, num: int, held_out: bool) -> dict[str, Any]:
         scenes, rng = self._scenes(num, held_out)

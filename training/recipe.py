@@ -20,13 +20,20 @@ class StageRecipe:
     Args:
         name (`str`): for logs and curves.
         steps (`int`): optimiser steps.
-        mixture (`dict[str, float]`): kind of sequence (see `sequences.KINDS`) -> share of the sequences.
+        mixture (`dict[str, float]`): kind of sequence (see `sequences.KINDS`, `shapes.EPISODES`) -> its share.
+        balance (`str`):
+            what `mixture` shares out: "sequences", of which long ones weigh more, or "tokens": of each kind as many
+            tokens as its share says, however long its sequences are.
         rows (`int`), row_length (`int`):
             rows of a batch (there are `processes` of them a step), and their tokens. Short sequences share a row; a
             length in which the stage's sequences leave few gaps saves time.
         full_captions (`float`, *optional*): instead of the one in `data`.
         new_cycle (`bool`): the learning rates begin anew here: warm-up, plateau, decay.
         learning_rate_scale (`float`): of this cycle's peak learning rates, given where the cycle begins.
+        difficulty (`list[float]`):
+            of episodes, at the stage's beginning and end, in (0, 1]; between them it grows in proportion. Easier ones
+            have fewer objects, frames, moves.
+        visual_loss_weight (`float`, *optional*): instead of the recipe's.
         typical_layouts (`bool`): objects whose position a caption leaves open stand as [`typical_layout`] puts them.
     """
 
@@ -39,19 +46,37 @@ class StageRecipe:
     typical_layouts: bool = False
     new_cycle: bool = False
     learning_rate_scale: float = 1.0
+    balance: str = "sequences"
+    difficulty: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    visual_loss_weight: float | None = None
 
     def __post_init__(self):
         from .sequences import KINDS
+        from .shapes import EPISODES
 
         _require(self.steps > 0, "steps", self.steps, "positive")
         _require(self.rows > 0, "rows", self.rows, "positive")
         _require(self.row_length >= 144, "row_length", self.row_length, "at least 144, or sequences don't fit")
         for kind, share in self.mixture.items():
-            if kind not in KINDS:
-                raise ValueError(f"`mixture` of stage {self.name!r}: {_unknown(kind, KINDS)}")
+            if kind not in KINDS and kind not in EPISODES:
+                raise ValueError(f"`mixture` of stage {self.name!r}: {_unknown(kind, [*KINDS, *EPISODES])}")
             _require(share > 0, f"mixture.{kind}", share, "positive (leave the kind out instead)")
         if not self.mixture:
             raise ValueError(f"`mixture` of stage {self.name!r} is empty. Give at least one of {', '.join(KINDS)}.")
+        _require(self.balance in ("sequences", "tokens"), "balance", self.balance, '"sequences" or "tokens"')
+        _require(
+            len(self.difficulty) == 2 and all(0 < value <= 1 for value in self.difficulty),
+            "difficulty",
+            self.difficulty,
+            "two values in (0, 1], at the stage's beginning and end",
+        )
+        weight = self.visual_loss_weight
+        _require(weight is None or weight > 0, "visual_loss_weight", weight, "positive")
+
+    def difficulty_at(self, progress: float) -> float:
+        """Of episodes, when the share `progress` of the stage is done."""
+        first, last = self.difficulty
+        return first + (last - first) * progress
 
 
 @dataclass
@@ -180,11 +205,11 @@ class Recipe:
             step -= steps
         raise ValueError(f"`step` is past the last stage by {step}.")
 
-    def stage_at(self, step: int) -> StageRecipe:
-        """The stage that a step of the whole run belongs to."""
+    def stage_at(self, step: int) -> tuple[StageRecipe, float]:
+        """The stage that a step of the whole run belongs to, and the share of it that is done by then."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage
+                return stage, step / stage.steps
             step -= stage.steps
         raise ValueError(f"`step` is past the last stage by {step}.")
 

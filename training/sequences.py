@@ -10,6 +10,11 @@
     t2i             instruction    prompt(caption) **image ESS EOS**, or the unconditional prompt
     vqa             instruction    prompt(image, question) **answer ESS EOS**
     describe        instruction    prompt(image, request) **description ESS EOS**
+    x2i, story, howto, explore, vla, multi_vqa, chat
+                    instruction    prompt **answer ESS EOS**, perhaps for several turns: see `shapes.EPISODES`
+
+With `caption_dropout` a sequence that makes images has the unconditional prompt, and of its answer only the images:
+what the unconditional stream of guidance sees.
 
 What is given (captions before images, questions, images of the user) is not learnt: its entropy is the world's, and
 predicting it would only cost capacity. A description is canonical, so all of it follows from the image.
@@ -21,13 +26,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from emu35 import prompts_emu35 as prompts
 from emu35.configuration_emu35 import Emu35TokenLayout
-from emu35.prompts_emu35 import Conversation, ImagePiece, Piece, Turn, get_template, unconditional_pieces
+from emu35.prompts_emu35 import Conversation, ImagePiece, Piece, get_template, unconditional_pieces
 from transformers import PreTrainedTokenizerFast
 
 from .layouts import typical_layout
 from .recipe import DataRecipe, StageRecipe
-from .shapes import IMAGE_SIZE, Scene, caption, describe, describe_text, sample_question, sample_scene
+from .shapes import (
+    EPISODES,
+    IMAGE_SIZE,
+    Episode,
+    Frame,
+    GlobalThought,
+    ImageThought,
+    Scene,
+    Turn,
+    caption,
+    describe,
+    describe_text,
+    sample_question,
+    sample_scene,
+)
 
 IGNORED = -100
 """Label of a token that is not learnt."""
@@ -37,11 +57,11 @@ MAX_ANSWERS = 6
 
 @dataclass
 class TokenSequence:
-    """Ids, labels and the scenes of the images in order; visual tokens are placeholders until images are encoded."""
+    """Ids, labels and what the images show, in order; visual tokens are placeholders until images are encoded."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    scenes: list[Scene] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
 
     def add(self, ids: list[int], learn: bool):
         self.input_ids += ids
@@ -71,6 +91,7 @@ class SequenceWriter:
         self._objects = np.cumsum(recipe.objects) / sum(recipe.objects)
         self._start, self._end = [layout.bos_token_id], [layout.eos_token_id]
         self._answer_end = [layout.ess_token_id, layout.eos_token_id]
+        self._mean_lengths: dict[str, float] = {}
 
     def for_stage(self, stage: StageRecipe) -> "SequenceWriter":
         """The same writer, but with captions as a stage wants them."""
@@ -80,12 +101,26 @@ class SequenceWriter:
             writer.full_captions = stage.full_captions
         return writer
 
-    def draw(self, kind: str, rng: np.random.Generator) -> TokenSequence:
-        """One sequence about a fresh scene, without held-out combinations."""
+    def draw(self, kind: str, rng: np.random.Generator, difficulty: float = 1.0) -> TokenSequence:
+        """One sequence about a fresh scene or episode, without held-out combinations.
+
+        Args:
+            kind (`str`): a key of `KINDS` or of `shapes.EPISODES`.
+            difficulty (`float`): in (0, 1]; of episodes.
+        """
+        if kind in EPISODES:
+            return self.write(EPISODES[kind].sample(rng, held_out=False, difficulty=difficulty), rng)
         scene = sample_scene(rng, 1 + int(np.searchsorted(self._objects, rng.random(), side="right")), held_out=False)
         sequence = TokenSequence()
         KINDS[kind](self, sequence, scene, rng)
         return sequence
+
+    def mean_length(self, kind: str) -> float:
+        """Tokens of a sequence of a kind, on average (estimated once)."""
+        if kind not in self._mean_lengths:
+            rng = np.random.default_rng(0)
+            self._mean_lengths[kind] = float(np.mean([len(self.draw(kind, rng)) for _ in range(100)]))
+        return self._mean_lengths[kind]
 
     def text_ids(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=False).ids
@@ -93,9 +128,9 @@ class SequenceWriter:
     def _add_text(self, sequence: TokenSequence, text: str, learn: bool):
         sequence.add(self.text_ids(text), learn)
 
-    def _add_image(self, sequence: TokenSequence, scene: Scene, learn: bool):
+    def _add_image(self, sequence: TokenSequence, scene: Frame, learn: bool):
         sequence.add(self._image, learn)
-        sequence.scenes.append(scene)
+        sequence.frames.append(scene)
 
     def _caption(self, scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
         """A caption and the scene to draw for it."""
@@ -151,32 +186,65 @@ class SequenceWriter:
     def _t2i(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
         text, scene = self._caption(scene, rng)
         if rng.random() < self.caption_dropout:
-            self._add_prompt(sequence, unconditional_pieces(self.layout), scene)
+            self._add_pieces(sequence, unconditional_pieces(self.layout))
         else:
-            self._add_prompt(sequence, self._pieces("t2i", [text]), scene)
+            self._add_pieces(sequence, self._prompt("t2i", [text]))
         self._add_image(sequence, scene, True)
         sequence.add(self._answer_end, True)
 
     def _ask(self, sequence: TokenSequence, scene: Scene, text: str, answer: str):
-        self._add_prompt(sequence, self._pieces("vqa", [ImagePiece(), text]), scene)
+        self._add_pieces(sequence, self._prompt("vqa", [ImagePiece(scene), text]))
         self._add_text(sequence, answer, True)
         sequence.add(self._answer_end, True)
 
-    def _pieces(self, task: str, content: list[Piece]) -> list[Piece]:
-        turn = Conversation([Turn("user", content)])
+    def _prompt(self, task: str, content: list[Piece]) -> list[Piece]:
+        turn = Conversation([prompts.Turn("user", content)])
         return turn.pieces(get_template(task), self.layout, assistant_next=True)[0]
 
-    def _add_prompt(self, sequence: TokenSequence, pieces: list[Piece], scene: Scene):
-        """The pieces as ids; neighbouring text is joined first, as the processor does."""
-        for is_text, group in itertools.groupby(pieces, key=lambda piece: isinstance(piece, str)):
+    def _add_pieces(self, sequence: TokenSequence, pieces: list[Piece], learnt: list[bool] | None = None):
+        """The pieces as ids; neighbouring text is joined first, as the processor does.  Images hold frames."""
+        marked = list(zip(pieces, learnt or [False] * len(pieces), strict=True))
+        for (is_text, learn), group in itertools.groupby(marked, key=lambda item: (isinstance(item[0], str), item[1])):
             if is_text:
-                self._add_text(sequence, "".join(group), False)
+                self._add_text(sequence, "".join(piece for piece, _ in group), learn)
                 continue
-            for piece in group:
+            for piece, _ in group:
                 if isinstance(piece, ImagePiece):
-                    self._add_image(sequence, scene, False)
+                    self._add_image(sequence, piece.image, learn)
                 else:
-                    sequence.add([piece], False)
+                    sequence.add([piece], learn)
+
+    def write(self, episode: Episode, rng: np.random.Generator) -> TokenSequence:
+        """A whole conversation; all that the assistant says is learnt."""
+        sequence = TokenSequence()
+        drawing = [index for index, turn in enumerate(episode.turns) if turn.role == "assistant" and turn.frames]
+        if drawing and rng.random() < self.caption_dropout:
+            self._add_unconditional(sequence, episode.turns[: drawing[int(rng.integers(len(drawing)))] + 1])
+        else:
+            turns = [prompts.Turn(turn.role, self._pieces(turn)) for turn in episode.turns]
+            template = get_template(episode.task)
+            self._add_pieces(sequence, *Conversation(turns).pieces(template, self.layout, assistant_next=False))
+        return sequence
+
+    def _add_unconditional(self, sequence: TokenSequence, turns: tuple[Turn, ...]):
+        """The images of the last turn as the unconditional stream sees them."""
+        earlier = [ImagePiece(frame) for turn in turns[:-1] for frame in turn.frames]
+        self._add_pieces(sequence, unconditional_pieces(self.layout, earlier))
+        for frame in turns[-1].frames:
+            self._add_image(sequence, frame, True)
+
+    def _pieces(self, turn: Turn) -> list[Piece]:
+        layout, pieces = self.layout, []
+        for piece in turn.content:
+            if isinstance(piece, Frame):
+                pieces.append(ImagePiece(piece))
+            elif isinstance(piece, GlobalThought):
+                pieces += [layout.bog_token_id, piece.text, layout.eog_token_id]
+            elif isinstance(piece, ImageThought):
+                pieces += [layout.boc_token_id, piece.text, layout.eoc_token_id]
+            else:
+                pieces.append(piece)
+        return pieces
 
     def _vqa(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
         question = sample_question(scene, rng)

@@ -85,9 +85,14 @@ class LanguageModelTrainer:
         self.optimizer = MuonAdamW(self.model, recipe.optimizer, rank)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
-    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """`loss`: the weighted mean over all targets; `visual`, `text`: the plain means of either kind."""
-        layout, weight = self.model.config.token_layout, self.model.config.visual_loss_weight
+    def losses(self, batch: Batch, visual_loss_weight: float | None = None) -> dict[str, torch.Tensor]:
+        """`loss`: the weighted mean over all targets; `visual`, `text`: the plain means of either kind.
+
+        Args:
+            visual_loss_weight (`float`, *optional*): of a visual token in `loss`, instead of the model's.
+        """
+        layout, of_model = self.model.config.token_layout, self.model.config.visual_loss_weight
+        weight = of_model if visual_loss_weight is None else visual_loss_weight
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             hidden_states = self.decoder(
                 input_ids=batch.input_ids,
@@ -98,12 +103,12 @@ class LanguageModelTrainer:
             visual = (batch.labels >= layout.visual_token_offset) & (batch.labels < layout.visual_token_end)
             visual_labels = batch.labels.masked_fill(~visual, IGNORED)
             text_labels = batch.labels.masked_fill(visual, IGNORED)
-            visual_sum = self.model.compute_loss(hidden_states, visual_labels, num_items_in_batch=1)
+            visual_sum = self.model.compute_loss(hidden_states, visual_labels, num_items_in_batch=1) / of_model
             text_sum = self.model.compute_loss(hidden_states, text_labels, num_items_in_batch=1)
         num_visual, num_text = visual.sum(), (text_labels != IGNORED).sum()
         return {
-            "loss": (visual_sum + text_sum) / (weight * num_visual + num_text).clamp(min=1e-8),
-            "visual": visual_sum.detach() / (weight * num_visual).clamp(min=1e-8),
+            "loss": (weight * visual_sum + text_sum) / (weight * num_visual + num_text).clamp(min=1e-8),
+            "visual": visual_sum.detach() / num_visual.clamp(min=1),
             "text": text_sum.detach() / num_text.clamp(min=1),
         }
 
@@ -117,8 +122,9 @@ class LanguageModelTrainer:
         values = {}
         for stream in streams:
             torch.manual_seed(self.recipe.seed * 1_000_003 + step * 1009 + stream)  # of dropout
-            batch = self.source.batch(step, self.recipe.stage_at(step), stream, dtype).to(self.device)
-            losses = self.losses(batch)
+            stage, progress = self.recipe.stage_at(step)
+            batch = self.source.batch(step, stage, stream, dtype, progress).to(self.device)
+            losses = self.losses(batch, stage.visual_loss_weight)
             (losses["loss"] / len(streams)).backward()
             if not values:
                 values = {name: float(value.detach()) for name, value in losses.items()}
@@ -217,7 +223,7 @@ def _work(
             tokens += values.pop("tokens") * recipe.processes
             seconds = time.monotonic() - started
             if step % recipe.log_every == 0 or step == last:
-                stage = recipe.stage_at(step).name
+                stage = recipe.stage_at(step)[0].name
                 log.write(
                     step, stage=stage, **values, tokens_per_second=round(tokens / seconds), seconds=round(seconds, 1)
                 )

@@ -11,6 +11,7 @@ from emu35 import Emu35ForConditionalGeneration, Emu35GenerateOutput, Emu35Gener
 from emu35.generation_configuration_emu35 import grid_for_aspect_ratio
 from emu35.generation_loop_emu35 import allowed_size_tokens
 from emu35.image_tokens_emu35 import find_images, last_image, parse_size
+from emu35.prompts_emu35 import TASK_TEMPLATES
 from transformers import GenerationConfig, pipeline
 
 FACTOR = 4  # pixels a side of one code of the tiny model
@@ -438,6 +439,21 @@ def test_released_defaults():
     assert config.with_settings("story").image_area == 720 * 720
     howto = config.with_settings("howto")
     assert (howto.image_top_k, howto.top_k, howto.top_p, howto.temperature) == (10240, 200, 0.8, 0.7)
+    modes = {task: config.with_settings(task).generation_mode for task in TASK_TEMPLATES}
+    images, interleaved = ("t2i", "x2i"), ("story", "howto", "explore", "vla", "chat")
+    assert modes == {
+        **dict.fromkeys(images, "image"), **dict.fromkeys(interleaved, "interleaved"), "vqa": "text",
+    }  # fmt: skip
+    assert config.with_settings("t2i", generation_mode="text").generation_mode == "text"
+
+
+def test_the_task_names_the_mode(make_tiny_model, prompt):
+    model = make_tiny_model()
+    model.generation_config = Emu35GenerationConfig.released()
+    output = model.generate(prompt, task="t2i", guidance_scale=1, height=8, width=8)
+    assert last_image(output.sequences[0].tolist(), model.config.token_layout).complete
+    text = model.generate(prompt, task="t2i", generation_mode="text", max_new_tokens=3)
+    assert model.config.token_layout.boi_token_id not in text.sequences
 
 
 def test_configuration_refuses_unknown_settings():

@@ -1,6 +1,7 @@
 """Prompts of all tasks through `processor(...)`: parity with the release, batches, control tokens, bad input."""
 
 import unicodedata
+import warnings
 
 import emu35  # noqa: F401 - registers the Auto classes
 import numpy as np
@@ -118,11 +119,11 @@ class TestInputs:
         small.tokenizer.model_max_length = 10_000
         sizes = {}
         for task, template in TASK_TEMPLATES.items():
-            if template.max_images != 0:
+            if template.takes_images:
                 sizes[task] = small(text="a", images=picture(100, 100), task=task)["image_sizes"].tolist()[0]
         small.tokenizer.model_max_length = 1024
         assert sizes.pop("x2i") == [1024, 1024]
-        assert sizes == {task: [720, 720] for task in ("howto", "story", "explore", "vla", "vqa")}
+        assert sizes == {task: [720, 720] for task in TASK_TEMPLATES if task not in ("t2i", "x2i")}
 
     def test_area_by_task_and_by_call(self, small):
         small.image_area = {"vqa": 32 * 32}
@@ -261,12 +262,14 @@ class TestBadInput:
             small(text=[])
 
     def test_too_long(self, small):
-        with pytest.raises(ValueError, match=r"`text` gives a prompt of \d{4,} tokens .*`max_length`=1024. Shorten"):
+        with pytest.raises(ValueError, match=r"`text` gives a prompt of \d{4,} tokens, more .*`max_length`=1024. S"):
             small(text="circle " * 2000)
-        with pytest.raises(ValueError, match=r"`text\[1\]` gives a prompt of \d+ tokens .*`max_length`=40"):
+        with pytest.raises(ValueError, match=r"`text\[1\]` gives a prompt of \d+ tokens, more than `max_length`=40"):
             small(text=["a", "a small red circle " * 20], max_length=40)
-        with pytest.raises(ValueError, match=r"\(2\d\d of them images\).*smaller `image_area`"):
+        with pytest.raises(ValueError, match=r"294 tokens \(1 image: 279\), .*`max_length`=100.*`image_area`"):
             small(text="a", images=picture(64, 64), task="vqa", image_area=256 * 256, max_length=100)
+        with pytest.raises(ValueError, match=r"`text` gives a prompt of \d+ tokens \(3 images: 837\)"):
+            small(text="a", images=[picture(64, 64)] * 3, task="x2i", image_area=256 * 256, max_length=800)
 
     def test_task(self, small):
         with pytest.raises(ValueError, match=r"`task` must be one of t2i, x2i, .*got 'storyy'. Did you mean 'story'"):
@@ -280,10 +283,18 @@ class TestBadInput:
         for task in ("x2i", "vqa"):
             with pytest.raises(ValueError, match=f"`task='{task}'` needs an image, but `text` has none"):
                 small(text="a", task=task)
-        with pytest.raises(ValueError, match="`text` has 4 images, more than `max_images`=3"):
+
+    def test_more_references_than_in_training(self, small):
+        for task in ("x2i", "chat"):
+            with pytest.warns(UserWarning, match=r"`text` has 4 images in one turn.*`processor.max_images`"):
+                inputs = small(text="a", images=[picture(seed=seed) for seed in range(4)], task=task)
+            assert len(inputs["pixel_values"]) == 4
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for number in (1, 2, 3):
+                assert len(small(text="a", images=[picture()] * number, task="x2i")["pixel_values"]) == number
+            small.max_images = 4
             small(text="a", images=[picture()] * 4, task="x2i")
-        small.max_images = 4
-        assert len(small(text="a", images=[picture()] * 4, task="x2i")["pixel_values"]) == 4
 
     @pytest.mark.parametrize("images", [picture(), [picture()], [picture()] * 3, []])
     def test_batches_that_do_not_match(self, small, images):

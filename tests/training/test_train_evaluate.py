@@ -15,6 +15,7 @@ from emu35.training.recipe import recipe_from_dict
 from emu35.training.shapes import to_image
 from emu35.training.train import build_processor
 from emu35.training.train_language_model import build_model
+from PIL import Image
 
 VISION = {
     "codebook_size": 32,
@@ -104,6 +105,17 @@ def test_the_same_seed_gives_the_same_result(checkpoint):
     assert first != other
 
 
+def test_episodes_have_rates_by_kind_and_a_page_of_samples(checkpoint, tmp_path):
+    options = {"batch_size": 4, "progress": False, "max_new_tokens": 60}
+    path = tmp_path / "samples.png"
+    result = evaluate(checkpoint, "x2i", num=6, num_held_out=2, samples_path=path, **options)
+    assert result["rates"]["whole_scene"] == 0.0 and result["held_out"]["num"] == 2
+    assert {rates["whole_scene"] for rates in result["by_kind"].values()} == {0.0}
+    assert Image.open(path).width > 48 * 4 * 2
+    assert json.loads(json.dumps(result)) == result
+    assert evaluate(checkpoint, "x2i", num=6, num_held_out=2, **options) == result
+
+
 def test_reconstruction(checkpoint):
     result = evaluate(checkpoint, "reconstruction", num=4, num_held_out=2, progress=False)
     assert 0 <= result["whole_scene"] <= 1 and result["held_out"]["num"] == 2
@@ -121,7 +133,7 @@ def test_a_sweep_has_a_point_for_each_value(checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "t2v"}, "`task` must be one of t2i, vqa, reconstruction, got 't2v'"),
+        ({"task": "t2v"}, "`task` must be one of t2i, vqa, reconstruction, x2i, .*, got 't2v'"),
         ({"num": 0}, "must be positive, got 0"),
         ({"batch_size": 0}, "must be positive"),
         ({"guidence_scale": 1}, "Did you mean `guidance_scale`"),

@@ -83,7 +83,7 @@ def test_learning_rate_schedule():
 def test_stage_at():
     stages = [{"name": n, "steps": s, "mixture": {"t2i": 1}} for n, s in (("a", 2), ("b", 3))]
     recipe = recipe_from_dict(minimal(stages=stages))
-    assert [recipe.stage_at(step).name for step in range(5)] == ["a", "a", "b", "b", "b"]
+    assert [recipe.stage_at(step)[0].name for step in range(5)] == ["a", "a", "b", "b", "b"]
     with pytest.raises(ValueError, match="past the last stage"):
         recipe.stage_at(5)
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from emu35.configuration_emu35 import Emu35VisionTokenizerConfig
 from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
+from emu35.prompts_emu35 import get_template
 from emu35.training.batches import BatchSource
+from emu35.training.frame_codes import FrameEncoder
+from emu35.training.play import user_message
 from emu35.training.recipe import DataRecipe, StageRecipe, recipe_from_dict
 from emu35.training.sequences import IGNORED, KINDS, SequenceWriter, TokenSequence
-from emu35.training.shapes import IMAGE_SIZE, caption, sample_question, sample_scene, to_image
+from emu35.training.shapes import EPISODES, IMAGE_SIZE, Frame, caption, sample_question, sample_scene, to_image
 from emu35.training.train import build_processor
 from emu35.training.train_language_model import build_model
 
@@ -103,16 +106,124 @@ def test_every_kind(writer, processor, kind):
         assert sequence.input_ids[0] == layout.bos_token_id and sequence.labels[0] == IGNORED
         assert sequence.labels[-1] == layout.eos_token_id
         num_placeholders = sequence.input_ids.count(layout.image_placeholder_token_id)
-        assert num_placeholders == len(sequence.scenes) * (IMAGE_SIZE // 8) ** 2
-        assert not any(scene.held_out for scene in sequence.scenes)
+        assert num_placeholders == len(sequence.frames) * (IMAGE_SIZE // 8) ** 2
+        assert not any(o.held_out for frame in sequence.frames for o in frame.objects)
         assert len(sequence) <= 144
+
+
+def messages_of(episode, processor, vision_tokenizer):
+    """The whole episode as chat messages, the assistant's turns with thoughts and images."""
+    messages = []
+    for turn in episode.turns:
+        if turn.role == "user":
+            messages.append(user_message(turn))
+            continue
+        content = []
+        for piece in turn.content:
+            if isinstance(piece, Frame):
+                content.append({"type": "image", "image": to_image(piece)})
+            elif isinstance(piece, str):
+                content.append({"type": "text", "text": piece})
+            else:
+                kind = "global_thought" if type(piece).__name__ == "GlobalThought" else "image_thought"
+                content.append({"type": kind, "text": piece.text})
+        messages.append({"role": "assistant", "content": content})
+    return messages
+
+
+@pytest.mark.parametrize("kind", EPISODES)
+def test_an_episode_is_what_the_processor_writes_and_its_answers_are_learnt(writer, processor, kind, vision_tokenizer):
+    for seed in range(5):
+        episode = EPISODES[kind].sample(np.random.default_rng(seed))
+        sequence = writer.write(episode, np.random.default_rng(0))
+        expected = processor.apply_chat_template(
+            messages_of(episode, processor, vision_tokenizer),
+            task=episode.task,
+            add_generation_prompt=False,
+            return_assistant_tokens_mask=True,
+        )
+        assert sequence.input_ids == expected["input_ids"][0].tolist()
+        learnt = [label != IGNORED for label in sequence.labels]
+        assert learnt == expected["assistant_masks"][0].bool().tolist()
+        assert len(sequence) <= 512
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EPISODES if kind != "multi_vqa"])
+def test_dropout_leaves_what_the_unconditional_stream_sees(processor, kind):
+    writer = SequenceWriter(processor.tokenizer, processor.token_layout, DataRecipe(caption_dropout=1.0), factor=8)
+    layout = processor.token_layout
+    for seed in range(5):
+        episode = EPISODES[kind].sample(np.random.default_rng(seed))
+        sequence = writer.write(episode, np.random.default_rng(seed))
+        if not any(turn.frames for turn in episode.answers):
+            assert episode.turns[-1].content[-1] is not None and not sequence.frames[len(sequence.frames) :]
+            continue
+        learnt = [label for label in sequence.labels if label != IGNORED]
+        assert learnt[0] == layout.boi_token_id and learnt[-1] == layout.eoi_token_id
+        text = processor.tokenizer.decode(sequence.input_ids, skip_special_tokens=True)
+        assert get_template("vqa").system in text and "USER" in text
+        assert not any(word in text for word in ("circle", "square", "ring", "block", "east"))
+
+
+def test_mixture_can_share_out_tokens(writer, vision_tokenizer):
+    """Long sequences take most tokens where shares are of sequences, and no more than theirs otherwise."""
+
+    def tokens(balance):
+        stage = StageRecipe("a", 1, {"explore": 0.5, "vqa": 0.5}, rows=24, row_length=512, balance=balance)
+        rows = BatchSource(writer, vision_tokenizer, 0)._draw_rows(np.random.default_rng(0), stage, 1.0)
+        lengths = [len(sequence) for row in rows for sequence in row]
+        return sum(length for length in lengths if length > 110) / sum(lengths)
+
+    assert tokens("sequences") > 0.7
+    assert abs(tokens("tokens") - 0.5) < 0.12
+
+
+def test_a_sequence_longer_than_its_row_is_an_error(writer, vision_tokenizer):
+    stage = StageRecipe("short", 1, {"explore": 1.0}, rows=2, row_length=144)
+    with pytest.raises(ValueError, match="`row_length` of stage 'short' is 144, but a sequence of the kind 'explore'"):
+        BatchSource(writer, vision_tokenizer, 0).batch(0, stage)
+
+
+def test_difficulty_grows_over_the_stage(writer, vision_tokenizer):
+    stage = StageRecipe("a", 10, {"story": 1.0}, rows=8, row_length=512, difficulty=[0.2, 1.0])
+    source = BatchSource(writer, vision_tokenizer, 0)
+
+    def mean_length(progress):
+        rows = source._draw_rows(np.random.default_rng(0), stage, progress)
+        return np.mean([len(sequence) for row in rows for sequence in row])
+
+    assert mean_length(0.0) < 0.8 * mean_length(1.0)
+
+
+def test_the_table_of_codes_is_used_only_where_it_is_exact(vision_tokenizer):
+    """Random weights look across cells, so the encoder stays; a tokenizer of single cells is replaced exactly."""
+    frames = [sample_scene(np.random.default_rng(seed)) for seed in range(8)]
+    pixels = torch.stack([torch.from_numpy(np.array(to_image(frame))).permute(2, 0, 1) for frame in frames])
+    expected = vision_tokenizer.encode(pixels.float() / 127.5 - 1).numpy()
+    encoder = FrameEncoder(vision_tokenizer)
+    assert not encoder.exact_table
+    np.testing.assert_array_equal(encoder(frames), expected)
+
+    class OfSingleCells(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def encode(self, pixels):
+            levels = ((pixels + 1) * 127.5).round().long()
+            return levels.unfold(2, 8, 8).unfold(3, 8, 8).sum((1, 4, 5))
+
+    tokenizer = OfSingleCells()
+    encoder = FrameEncoder(tokenizer)
+    assert encoder.exact_table
+    np.testing.assert_array_equal(encoder(frames), tokenizer.encode(pixels.float() / 127.5 - 1).numpy())
 
 
 def test_number_of_objects_follows_the_recipe(processor):
     recipe = DataRecipe(objects=[0, 0, 1])
     writer = SequenceWriter(processor.tokenizer, processor.token_layout, recipe, factor=8)
     rng = np.random.default_rng(0)
-    assert all(len(writer.draw("image", rng).scenes[0].objects) == 3 for _ in range(20))
+    assert all(len(writer.draw("image", rng).frames[0].objects) == 3 for _ in range(20))
 
 
 def test_batches_depend_on_seed_step_and_stream_alone(writer, vision_tokenizer, recipe):
@@ -139,8 +250,8 @@ def test_images_become_their_codes(writer, vision_tokenizer, processor):
     source = BatchSource(writer, vision_tokenizer, 0)
     batch = source.batch(0, stage)
     layout = processor.token_layout
-    rows = source._draw_rows(np.random.default_rng((0, 2, 0, 0)), stage)
-    scene = rows[0][0].scenes[0]
+    rows = source._draw_rows(np.random.default_rng((0, 2, 0, 0)), stage, 1.0)
+    scene = rows[0][0].frames[0]
     pixels = torch.from_numpy(np.array(to_image(scene))).permute(2, 0, 1)[None].float() / 127.5 - 1
     codes = vision_tokenizer.encode(pixels)[0] + layout.visual_token_offset
     assert batch.input_ids[0, 1 : len(rows[0][0]) - 1].tolist() == layout.image_token_ids(codes.tolist())

@@ -13,6 +13,7 @@ sample_question(scene, rng)  # Question(text="what color is the small ring?", an
 
 from .checker import ReadObject, ReadScene, read_scene, read_scenes
 from .episode import Episode, GlobalThought, ImageThought, Piece, Said, Turn
+from .episodes import EPISODES, EpisodeTask
 from .language import Caption, caption, describe_text
 from .meaning import RELATIONS, Described, Meaning, Relation, meaning_of, relation_holds
 from .parsing import parse_caption
@@ -43,6 +44,7 @@ __all__ = [
     "BACKGROUNDS",
     "CELL_SIZE",
     "COLORS",
+    "EPISODES",
     "GRID_SIZE",
     "HELD_OUT",
     "IMAGE_SIZE",
@@ -56,6 +58,7 @@ __all__ = [
     "Caption",
     "Described",
     "Episode",
+    "EpisodeTask",
     "Frame",
     "GlobalThought",
     "ImageThought",

@@ -30,8 +30,8 @@ Piece = str | Frame | GlobalThought | ImageThought
 """Plain text (no white space at its ends), a picture, or a thought."""
 
 Said = str | np.ndarray | GlobalThought | ImageThought | None
-"""A piece of an answer to be marked; pictures are uint8 `(IMAGE_SIZE, IMAGE_SIZE, 3)`, `None` one that is damaged or of
-another size."""
+"""A piece of an answer to be marked.  Pictures are uint8 `(IMAGE_SIZE, IMAGE_SIZE, 3)`; `None` is one that is damaged
+or of another size."""
 
 
 @dataclass(frozen=True)
