@@ -10,6 +10,7 @@ from .image_processing_emu35 import Emu35ImageProcessor, smart_resize
 from .modeling_emu35 import Emu35ForConditionalGeneration, Emu35Model
 from .modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 from .processing_emu35 import Emu35Processor
+from .protobuf_emu35 import Story, load_story
 from .segments_emu35 import GlobalThought, Image, ImageThought, Segments, Text
 from .streaming_emu35 import (
     Emu35Streamer,
@@ -59,8 +60,10 @@ __all__ = [
     "ImageStarted",
     "ImageThought",
     "Segments",
+    "Story",
     "Text",
     "TextPiece",
     "ThoughtPiece",
+    "load_story",
     "smart_resize",
 ]

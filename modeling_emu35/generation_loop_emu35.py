@@ -340,6 +340,9 @@ class GenerationLoop:
             scores.fill_(float("-inf"))
             scores[allowed] = kept
             return
+        if self.layout.image_placeholder_token_id is not None:
+            # Stands for a code that is not known yet; in an answer it could not be continued.
+            scores[self.layout.image_placeholder_token_id] = float("-inf")
         most = 0 if self.config.generation_mode == "text" else self.config.max_images
         if most is not None and row.num_images >= most and self.layout.boi_token_id is not None:
             scores[self.layout.boi_token_id] = float("-inf")

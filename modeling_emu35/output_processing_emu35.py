@@ -44,6 +44,7 @@ class Emu35OutputMixin:
         segments = parse_segments(
             row, self.token_layout, lambda run: self.decode(run, skip_special_tokens=skip_special_tokens)
         )
+        segments.ids = row
         if vision_tokenizer is not None:
             decode_images(segments, vision_tokenizer)
         return segments

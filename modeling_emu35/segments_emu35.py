@@ -83,7 +83,13 @@ class Segments(list):
         >>> segments = processor.post_process_multimodal_output(output, vision_tokenizer=model)[0]
         >>> segments.save("out", prompt="a fox crosses the river")
         PosixPath('out')
+
+    Attributes:
+        ids (`list[int]` or `None`):
+            what it was read from. Text has more than one tokenisation, so only these say it again exactly.
     """
+
+    ids: list[int] | None = None
 
     def __getitem__(self, index):
         item = super().__getitem__(index)

@@ -77,6 +77,7 @@ class Reference:
                 return layout.boi_token_id
             scores = self.logits(self.ids)
             scores[layout.visual_token_offset : layout.visual_token_end] = float("-inf")
+            scores[layout.image_placeholder_token_id] = float("-inf")
             if self.mode == "text" or self.num_images == self.max_images:
                 scores[layout.boi_token_id] = float("-inf")
             return self.text(scores[None], self.generator).item()
@@ -172,12 +173,9 @@ def generate(model, prompts, negatives=None, negative_images=None, **settings):
         if rows is not None:
             inputs |= {f"{name}_{key}": value for key, value in pad(model, rows).items()}
     output = model.generate(**inputs, **settings)
-    layout = model.config.token_layout
-    answers = []
-    for ids in output.sequences[:, inputs["input_ids"].shape[1] :].tolist():
-        while ids and ids[-1] == layout.pad_token_id:
-            ids.pop()
-        answers.append(ids)
+    start = inputs["input_ids"].shape[1]
+    rows = zip(output.sequences[:, start:], output.attention_mask[:, start:].bool(), strict=True)
+    answers = [ids[mask].tolist() for ids, mask in rows]
     return answers, output
 
 

@@ -9,7 +9,7 @@ from emu35.image_tokens_emu35 import find_images, last_image
 from test_generation import GUIDANCE, generate, pad, streams_of, text_prompt
 from transformers import DynamicCache, MaxLengthCriteria, StoppingCriteriaList
 
-LENGTH = 70
+LENGTH = 50
 SAMPLING = {
     "generation_mode": "interleaved", "do_sample": True, "temperature": 1.1, "top_k": 200, "image_top_k": 30,
     "max_images": 3,
@@ -40,7 +40,7 @@ def inputs_of(model, guidance, rows):
         padded = pad(model, ids)
         mask = "attention_mask" if name == "input_ids" else f"{name.removesuffix('_ids')}_attention_mask"
         inputs |= {name: padded["ids"], mask: padded["attention_mask"]}
-    generators = [torch.Generator().manual_seed(40 + row) for row in rows]
+    generators = [torch.Generator().manual_seed(42 + row) for row in rows]
     return inputs, generators
 
 
@@ -69,9 +69,10 @@ class Columns:
 # --- continuation ---
 
 
-@pytest.mark.parametrize("rows", [(0,), (0, 1, 2)], ids=["single", "batch"])
+@pytest.mark.parametrize(
+    ("rows", "cached"), [((0,), True), ((0, 1, 2), True), ((0, 1, 2), False)], ids=["single", "batch", "no-cache"]
+)
 @pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no-cache"])
 def test_an_answer_made_token_by_token_equals_the_whole(model, rows, guidance, cached):
     """Cut after every token: in text, in sizes, in rows of images."""
     settings = {**SAMPLING, **GUIDANCE[guidance], "keep_image_size": len(rows) > 1}
@@ -164,11 +165,12 @@ def test_a_cache_saves_the_prefix(model):
         one = model.generate(**again, **settings, max_new_tokens=20)
     with Columns(model) as second:
         two = model.generate(**again, **settings, max_new_tokens=20)  # the cache is as it was
-    del again["past_key_values"]
+    cache = again.pop("past_key_values")
     with Columns(model) as without:
         plain = model.generate(**again, **settings, max_new_tokens=20)
     assert kept(one) == kept(two) == kept(plain)
-    assert with_cache.count == second.count < without.count / 2
+    held = sum(len(prefix.ids) for prefixes in cache.rows for prefix in prefixes)
+    assert with_cache.count == second.count < without.count - 0.8 * held
     assert one.num_forward_passes <= plain.num_forward_passes
 
 
@@ -177,9 +179,7 @@ def test_a_cached_unconditional_stream_costs_no_pass(model):
     layout = model.config.token_layout
     inputs, _ = inputs_of(model, "one", (1,))
     settings = {**GUIDANCE["one"], "generation_mode": "interleaved", "do_sample": False, "height": 8, "width": 12}
-    first = model.generate(
-        **inputs, **settings, generation_config=None, max_new_tokens=60, max_images=1, return_past_key_values=True
-    )
+    first = model.generate(**inputs, **settings, max_new_tokens=60, max_images=1, return_past_key_values=True)
     prefixes = first.past_key_values.rows[0]
     assert len(prefixes) == 2
     # It has seen its prompt and the image made so far.
@@ -352,6 +352,15 @@ def test_a_model_that_writes_endless_sizes(make_tiny_model, monkeypatch):
     assert output.images == [[]]
 
 
+def test_placeholders_are_never_written(model, monkeypatch):
+    """`input_ids` with one would ask for `pixel_values`."""
+    layout = model.config.token_layout
+    force(model, monkeypatch, lambda: layout.image_placeholder_token_id)
+    output = model.generate(torch.tensor([text_prompt(model, 0)]), do_sample=False, max_new_tokens=3)
+    assert layout.image_placeholder_token_id not in output.sequences
+    model.generate(**output.next_inputs(), max_new_tokens=1)
+
+
 # --- stops ---
 
 
@@ -387,7 +396,7 @@ def test_a_streamer_stops_at_the_next_token(model, mode):
         assert min(limit, length) <= made <= limit + 5 and streamer.ended
         assert torch.equal(output.sequences, whole[:, : start + made])
         assert streamer.ids == output.sequences[0, start:].tolist()
-        assert not output.finished.any()
+        assert made == length or not output.finished.any()
         rest = model.generate(**output.next_inputs(), **settings, max_new_tokens=40 - made)
         assert torch.equal(rest.sequences, whole)
 
@@ -413,7 +422,8 @@ def test_stopping_criteria_are_asked_row_by_row(model):
     whole, _ = generate(model, prompts, **settings)
     criteria = StoppingCriteriaList([MaxLengthCriteria(17)])
     answers, output = generate(model, prompts, stopping_criteria=criteria, **settings)
-    assert [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)] == [17, 17, 17]
+    # The EOL that follows the last code of a row comes along.
+    assert all(len(prompt) + len(own) in (17, 18) for prompt, own in zip(prompts, answers, strict=True))
     assert answers == [answer[: len(own)] for answer, own in zip(whole, answers, strict=True)]
     # The rows end at different codes, and nothing is computed after the last of them.
     image = [last_image(ids, model.config.token_layout) for ids in kept(output)]

@@ -136,13 +136,13 @@ def test_which_image_and_more_do_not_give_the_answer_away():
 
 
 def test_difficulty_limits_objects_and_pictures():
-    for episode in questions(200, difficulty=0.3):
+    for episode in questions(200, difficulty=0.2):
         scenes = parts(episode)[0]
         assert len(scenes) == 2
         if episode.kind in ("which_image", "in_image"):
             assert {len(scene.objects) for scene in scenes} == {1}
     assert {len(parts(e)[0]) for e in questions(50, kind="in_image", difficulty=0.5)} == {2, 3}
-    assert {e.kind for e in dialogues(50, difficulty=0.3)} == {"2 turns"}
+    assert {e.kind for e in dialogues(50, difficulty=0.2)} == {"2 turns"}
     assert {e.kind for e in dialogues(100)} == {"2 turns", "3 turns", "4 turns"}
 
 

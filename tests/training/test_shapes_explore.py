@@ -146,16 +146,21 @@ def test_conversations_have_the_form_of_their_kind(kind, start):
         if kind == "free":
             assert re.fullmatch(rf"{opening} explore in {NUMBERS[number]} steps\.", prompts[0])
             content = list(answers[0].content)
-            if start == "text":
-                assert isinstance(content.pop(0), Frame)
-            assert all(re.fullmatch(go, sentence) for sentence in content[::2]) and len(content) == 2 * number
-            assert all(isinstance(frame, Frame) for frame in content[1::2])
+            view = [ImageThought, Frame] if start == "text" else [Frame]
+            opening_view = view if start == "text" else []
+            assert [type(piece) for piece in content] == [*opening_view, *[str, *view] * number]
+            assert all(re.fullmatch(go, piece) for piece in content if isinstance(piece, str))
             assert episode.meaning.moves is None
         else:
             first = opening if start == "text" else f"{opening} {go}"
             assert re.fullmatch(first, prompts[0]) and all(re.fullmatch(go, prompt) for prompt in prompts[1:])
             assert len(prompts) == number + (start == "text")
-            assert all(len(a.content) == 1 and isinstance(a.content[0], Frame) for a in answers)
+            form = [ImageThought, Frame] if start == "text" else [Frame]
+            assert all([type(piece) for piece in a.content] == form for a in answers)
+        for answer in answers:
+            for thought, frame in itertools.pairwise(answer.content):
+                if isinstance(thought, ImageThought):
+                    assert thought.text == (", ".join(map(said_of, frame.objects)) or "nothing")
 
 
 def test_moves_and_difficulty_bound_a_walk():
@@ -169,6 +174,10 @@ def test_moves_and_difficulty_bound_a_walk():
     easy = walks(50, difficulty=0.05, start="text")
     assert {len(told_map(words(episode)[0])) for episode in easy} == {1}
     assert re.search(r"explore in one step\.", words(walks(1, moves=1, kind="free")[0])[0])
+
+
+def said_of(o):
+    return f"{o.size} {o.color} {o.shape} {o.position}"
 
 
 @pytest.mark.parametrize(("kind", "moves"), [("interactive", 6), ("interactive", 7), ("free", 6), ("free", 7)])

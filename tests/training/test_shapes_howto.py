@@ -111,7 +111,9 @@ def test_what_a_howto_is_made_of():
         assert parse_caption(caption) == meaning_of(meaning.goal)
         assert user.content[1:] == ((meaning.start,) if source == "from_image" else ())
         assert bool(meaning.start.objects) == (source == "from_image")
-        plan, instructions = answer.content[0].text, answer.content[1::2]
+        seen = ", ".join(f"{o.size} {o.color} {o.shape} {o.position}" for o in meaning.start.objects)
+        assert answer.content[0].text.startswith(f"{seen}. " if seen else "put ")
+        plan, instructions = answer.content[0].text.removeprefix(f"{seen}. "), answer.content[1::2]
         deeds = plan.removesuffix(".").split(", ")
         assert len(deeds) == int(steps)
         for deed, text in zip(deeds, instructions, strict=True):

@@ -323,9 +323,24 @@ def test_no_passing_through_a_tower():
     assert len(shortest_plan(meaning.state, meaning.goal)) > 1
 
 
+def test_the_thought_says_what_is_there_and_where_each_block_goes():
+    for episode in tasks(60, seed=6):
+        thought, *content = episode.answers[0].content
+        there, goes = thought.text.removesuffix(".").split(". ")
+        final = read_state(read_scene(render(content[-1])))
+        places = dict(part.split(" ", 1) for part in goes.split(", "))  # of a block moved twice, the last
+        for block, place in places.items():
+            column = next(column for column in final.columns if block in column)
+            below = column[: column.index(block)]
+            expected = f"on {below[-1]}" if below else ("left", "center", "right")[final.columns.index(column)]
+            assert place == expected
+        blocks = {o.color for o in episode.turns[0].frames[0].objects if o.shape == "square"}
+        assert {word for word in re.findall(r"\w+", there) if word in BLOCK_COLORS} == blocks
+
+
 def test_any_state_of_a_plan_is_a_start():
     for episode in tasks(30, seed=5, kind="6_subtasks"):
-        answer = said(episode)[0]
+        answer = said(episode)[0][1:]  # without the thought
         for done in range(1, 6):
             middle = read_state(read_scene(answer[2 * done - 1]))
             meaning = VlaMeaning(episode.meaning.goal, middle, episode.meaning.background)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .checker import read_scenes
-from .edits import ORDINALS, EditMeaning, most_objects, sample_instruction, score_edit, without_preposition
-from .episode import Episode, GlobalThought, ImageThought, Said, Turn
+from .edits import ORDINALS, EditMeaning, sample_instruction, score_edit, without_preposition
+from .episode import Episode, GlobalThought, ImageThought, Said, Turn, up_to
 from .language import caption
-from .meaning import Described, Meaning
-from .questions import Question, _cell, _fits, _looks, describe, sample_question
-from .scene import Scene, SceneObject, sample_scene
+from .meaning import Described, Meaning, cell_of, fits, looks_of
+from .questions import Question, describe, sample_question
+from .scene import MAX_OBJECTS, Scene, SceneObject, sample_scene
 from .scoring import score
 from .words import PLACES, choose, noun_phrase, with_article
 
@@ -33,12 +33,12 @@ def sample_multi_image_question(
         rng (`np.random.Generator`): the only source of randomness.
         held_out (`bool`, *optional*): of every picture, as in [`sample_scene`]; an edit between two pictures may take
             away or bring in held-out pairs unless it is `False`.
-        difficulty (`float`, defaults to 1.0): in `(0, 1]`; see [`most_objects`] and [`THREE_IMAGES_DIFFICULTY`].
+        difficulty (`float`, defaults to 1.0): in `(0, 1]`; see [`up_to`] and [`THREE_IMAGES_DIFFICULTY`].
         kind (`str`, *optional*): one of [`MULTI_IMAGE_KINDS`]; `None` draws it uniformly.
     Raises:
         ValueError: if the difficulty or the kind is another.
     """
-    most = most_objects(difficulty)
+    most = up_to(difficulty, 1, MAX_OBJECTS)
     if kind is None:
         kind = choose(rng, MULTI_IMAGE_KINDS)
     if kind not in MULTI_IMAGE_KINDS:
@@ -70,9 +70,9 @@ def describe_change(before: Scene, after: Scene) -> str:
             return f"{_the(old[0])} is gone."
         if not old:
             return f"there is now {_a(new[0])} {PLACES[new[0].position][0]}."
-        if _looks(old[0]) == _looks(new[0]):
+        if looks_of(old[0]) == looks_of(new[0]):
             return f"{_the(old[0])} moved to {without_preposition(PLACES[new[0].position][0])}."
-        if _cell(old[0]) == _cell(new[0]):
+        if cell_of(old[0]) == cell_of(new[0]):
             return f"{_the(old[0])} is now {_news(old[0], new[0])}."
     raise ValueError("`before` and `after` must differ by one edit: one object, or the background.")
 
@@ -98,11 +98,11 @@ def sample_dialogue(rng: np.random.Generator, held_out: bool | None = False, dif
         held_out (`bool`, *optional*): of every picture shown or drawn, as in [`sample_scene`]; an edit may take away
             or bring in held-out pairs unless it is `False`.
         difficulty (`float`, defaults to 1.0): in `(0, 1]`; turns of the user are at most one more than
-            [`most_objects`].
+            [`up_to`].
     Raises:
         ValueError: if the difficulty is another.
     """
-    most = most_objects(difficulty)
+    most = up_to(difficulty, 1, MAX_OBJECTS)
     turns, right, scene = [], [], None
     for action, fresh in _plan(rng, int(rng.integers(2, most + 2))):
         if fresh:
@@ -157,13 +157,13 @@ def _which_image(rng: np.random.Generator, held_out: bool | None, most: int, num
         background = scenes[index].background
         if rng.random() < 0.15 and all(scene.background != background for scene in others):
             return scenes, f"which image has a {background} background?", ORDINALS[index]
-        looks = _looks(choose(rng, scenes[index].objects))
+        looks = looks_of(choose(rng, scenes[index].objects))
         options = [
             described
             for count in (1, 2, 3)
             for aspects in itertools.combinations(("size", "color", "shape"), count)
             for described in [Described(**{aspect: getattr(looks, aspect) for aspect in aspects})]
-            if not any(_fits(o, described) for scene in others for o in scene.objects)
+            if not any(fits(o, described) for scene in others for o in scene.objects)
         ]
         if options:
             return scenes, f"which image has {with_article(noun_phrase(choose(rng, options)))}?", ORDINALS[index]
@@ -202,11 +202,11 @@ _ASK = {"which_image": _which_image, "in_image": _in_image, "difference": _diffe
 
 
 def _the(o: SceneObject) -> str:
-    return f"the {noun_phrase(_looks(o))}"
+    return f"the {noun_phrase(looks_of(o))}"
 
 
 def _a(o: SceneObject) -> str:
-    return with_article(noun_phrase(_looks(o)))
+    return with_article(noun_phrase(looks_of(o)))
 
 
 def _news(old: SceneObject, new: SceneObject) -> str:

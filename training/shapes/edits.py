@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .checker import ReadScene, read_scenes
-from .episode import Episode, Said, Turn
-from .questions import _cell, _looks, _refer
+from .episode import Episode, Said, Turn, up_to
+from .meaning import cell_of, looks_of
+from .questions import refer
 from .scene import (
     BACKGROUNDS,
+    CELLS,
     COLORS,
-    GRID_SIZE,
     MAX_OBJECTS,
     SHAPES,
     SIZES,
@@ -44,7 +45,6 @@ TRANSFER_DIFFICULTY = 0.5
 ORDINALS: tuple[str, ...] = ("first", "second", "third")
 """What the pictures of a prompt are called, in order."""
 
-_CELLS = tuple((row, column) for row in range(GRID_SIZE) for column in range(GRID_SIZE))
 _UNREADABLE = "unreadable"
 
 
@@ -67,7 +67,7 @@ class EditMeaning:
     @property
     def named(self) -> frozenset[tuple[int, int]]:
         """The cells that the instruction may change."""
-        return frozenset((*self.removed, *map(_cell, self.placed)))
+        return frozenset((*self.removed, *map(cell_of, self.placed)))
 
 
 def sample_edit(
@@ -79,13 +79,13 @@ def sample_edit(
         rng (`np.random.Generator`): the only source of randomness.
         held_out (`bool`, *optional*): `False` shows no held-out pair in any picture, result included; `True` shows at
             least one in some picture; `None` draws from all pairs.
-        difficulty (`float`, defaults to 1.0): in `(0, 1]`; up to 1/3 a picture has one object (a removal two), up to
-            2/3 two. Below [`TRANSFER_DIFFICULTY`] no "transfer" is drawn.
+        difficulty (`float`, defaults to 1.0): in `(0, 1]`; bounds the number of objects of a picture (a removal
+            has two at least). Below [`TRANSFER_DIFFICULTY`] no "transfer" is drawn.
         kind (`str`, *optional*): one of [`EDIT_KINDS`], at any difficulty; `None` draws it uniformly.
     Raises:
         ValueError: if the difficulty or the kind is another.
     """
-    most = most_objects(difficulty)
+    most = up_to(difficulty, 1, MAX_OBJECTS)
     if kind is None:
         kind = choose(rng, EDIT_KINDS if difficulty >= TRANSFER_DIFFICULTY else _ONE_SOURCE)
     if kind not in EDIT_KINDS:
@@ -123,23 +123,12 @@ def sample_instruction(
             return drawn, instruction, meaning, result
 
 
-def most_objects(difficulty: float) -> int:
-    """Most objects of one picture at a difficulty.
-
-    Raises:
-        ValueError: if `difficulty` is not in `(0, 1]`.
-    """
-    if not 0 < difficulty <= 1:
-        raise ValueError(f"`difficulty` must be in (0, 1], got {difficulty!r}.")
-    return min(MAX_OBJECTS, 1 + int(difficulty * MAX_OBJECTS - 1e-9))
-
-
 def apply_edit(meaning: EditMeaning) -> Scene | None:
     """The first picture after the changes, objects in reading order; `None` if it is no scene or nothing changes."""
     source = meaning.sources[0]
-    kept = (o for o in source.objects if _cell(o) not in meaning.named)
-    objects = tuple(sorted((*kept, *meaning.placed), key=_cell))
-    if not 1 <= len(objects) <= MAX_OBJECTS or len(set(map(_looks, objects))) < len(objects):
+    kept = (o for o in source.objects if cell_of(o) not in meaning.named)
+    objects = tuple(sorted((*kept, *meaning.placed), key=cell_of))
+    if not 1 <= len(objects) <= MAX_OBJECTS or len(set(map(looks_of, objects))) < len(objects):
         return None
     background = meaning.background or source.background
     changed = background != source.background or set(objects) != set(source.objects)
@@ -180,17 +169,17 @@ def score_edit(meaning: EditMeaning, read: ReadScene) -> dict[str, bool | float 
             (all of that) and `whole_scene` (both).
     """
     source, named = meaning.sources[0], meaning.named
-    seen = {_cell(o): _looks(o) for o in read.objects} | dict.fromkeys(read.unreadable, _UNREADABLE)
+    seen = {cell_of(o): looks_of(o) for o in read.objects} | dict.fromkeys(read.unreadable, _UNREADABLE)
     edit = (
         not any(cell in seen for cell in meaning.removed)
-        and all(seen.get(_cell(o)) == _looks(o) for o in meaning.placed)
+        and all(seen.get(cell_of(o)) == looks_of(o) for o in meaning.placed)
         and meaning.background in (None, read.background)
     )
-    empty = set(_CELLS) - named - set(map(_cell, source.objects))
-    kept = [seen.get(_cell(o)) == _looks(o) for o in source.objects if _cell(o) not in named]
+    empty = set(CELLS) - named - set(map(cell_of, source.objects))
+    kept = [seen.get(cell_of(o)) == looks_of(o) for o in source.objects if cell_of(o) not in named]
     kept.append(empty.isdisjoint(seen))
     if meaning.background is None:
-        kept.append(read.background == source.background and 2 * len(read.unreadable) < len(_CELLS))
+        kept.append(read.background == source.background and 2 * len(read.unreadable) < len(CELLS))
     preservation = 0.0 if read.background is None else sum(kept) / len(kept)
     preserved = preservation == 1
     return {"edit": edit, "preservation": preservation, "preserved": preserved, "whole_scene": edit and preserved}
@@ -212,8 +201,8 @@ def _impossible(scene: Scene) -> set[str]:
         kinds.add("remove")
     if len(scene.objects) == MAX_OBJECTS:
         kinds.add("add")
-    looks = {_looks(o) for o in scene.objects}
-    if all(_looks(_resized(o)) in looks for o in scene.objects):
+    looks = {looks_of(o) for o in scene.objects}
+    if all(looks_of(_resized(o)) in looks for o in scene.objects):
         kinds.add("resize")
     return kinds
 
@@ -229,38 +218,38 @@ def _recolor(scene: Scene, rng: np.random.Generator) -> tuple[str, EditMeaning]:
     target = choose(rng, scene.objects)
     color = choose(rng, [c for c in COLORS if c != target.color])
     wording = choose(rng, ("change the color of {} to {}.", "make {} {}."))
-    return wording.format(_refer(scene, target, rng), color), _placed(scene, replace(target, color=color))
+    return wording.format(refer(scene, target, rng), color), _placed(scene, replace(target, color=color))
 
 
 def _resize(scene: Scene, rng: np.random.Generator) -> tuple[str, EditMeaning]:
     target = choose(rng, scene.objects)
     resized = _resized(target)
     wording = choose(rng, ("change the size of {} to {}.", "make {} {}."))
-    return wording.format(_refer(scene, target, rng), resized.size), _placed(scene, resized)
+    return wording.format(refer(scene, target, rng), resized.size), _placed(scene, resized)
 
 
 def _move(scene: Scene, rng: np.random.Generator) -> tuple[str, EditMeaning]:
     target, (row, column) = choose(rng, scene.objects), choose(rng, _free(scene))
     place = without_preposition(choose(rng, PLACES[position_name(row, column)]))
-    meaning = EditMeaning((scene,), removed=(_cell(target),), placed=(replace(target, row=row, column=column),))
-    return f"move {_refer(scene, target, rng)} to {place}.", meaning
+    meaning = EditMeaning((scene,), removed=(cell_of(target),), placed=(replace(target, row=row, column=column),))
+    return f"move {refer(scene, target, rng)} to {place}.", meaning
 
 
 def _add(scene: Scene, rng: np.random.Generator) -> tuple[str, EditMeaning]:
     new = _any_object(rng, choose(rng, _free(scene)))
-    text = f"add {with_article(noun_phrase(_looks(new)))} {choose(rng, PLACES[new.position])}."
+    text = f"add {with_article(noun_phrase(looks_of(new)))} {choose(rng, PLACES[new.position])}."
     return text, _placed(scene, new)
 
 
 def _remove(scene: Scene, rng: np.random.Generator) -> tuple[str, EditMeaning]:
     target = choose(rng, scene.objects)
-    return f"remove {_refer(scene, target, rng)}.", EditMeaning((scene,), removed=(_cell(target),))
+    return f"remove {refer(scene, target, rng)}.", EditMeaning((scene,), removed=(cell_of(target),))
 
 
 def _replace(scene: Scene, rng: np.random.Generator) -> tuple[str, EditMeaning]:
     target = choose(rng, scene.objects)
-    new = _any_object(rng, _cell(target))
-    text = f"replace {_refer(scene, target, rng)} with {with_article(noun_phrase(_looks(new)))}."
+    new = _any_object(rng, cell_of(target))
+    text = f"replace {refer(scene, target, rng)} with {with_article(noun_phrase(looks_of(new)))}."
     return text, _placed(scene, new)
 
 
@@ -279,7 +268,7 @@ def _transfer(sources: tuple[Scene, ...], rng: np.random.Generator) -> tuple[str
         target = choose(rng, other.objects)
         row, column = free.pop(int(rng.integers(len(free))))
         place = choose(rng, PLACES[position_name(row, column)])
-        phrases.append(f"{_refer(other, target, rng, 'position')} of the {ordinal} image {place}")
+        phrases.append(f"{refer(other, target, rng, 'position')} of the {ordinal} image {place}")
         placed.append(replace(target, row=row, column=column))
     return f"add {' and '.join(phrases)}.", EditMeaning(sources, placed=tuple(placed))
 
@@ -310,5 +299,5 @@ def _any_object(rng: np.random.Generator, cell: tuple[int, int]) -> SceneObject:
 
 def _free(scene: Scene) -> list[tuple[int, int]]:
     """The empty cells, in reading order."""
-    taken = set(map(_cell, scene.objects))
-    return [cell for cell in _CELLS if cell not in taken]
+    taken = set(map(cell_of, scene.objects))
+    return [cell for cell in CELLS if cell not in taken]

@@ -18,7 +18,8 @@ from functools import cache
 import numpy as np
 
 from .checker import ReadScene
-from .episode import Episode, Said, Turn
+from .episode import Episode, ImageThought, Said, Turn, read_told, up_to
+from .language import brief_text
 from .scene import (
     _KINDS,
     _TRAINING_KINDS,
@@ -29,8 +30,7 @@ from .scene import (
     _draw,
     position_name,
 )
-from .story import read_told, up_to
-from .words import NUMBERS, PLACES, choose
+from .words import NUMBER_WORDS, PLACES, choose
 
 MAP_SIZE = 5
 """Rows and columns of the map."""
@@ -47,16 +47,17 @@ Look = tuple[str, str, str]
 View = tuple[str | None, dict[Cell, Look | None]]
 """Background, and what each readable cell shows, by its place in the map."""
 
-# An episode keeps below 480 tokens of the tiny model: a picture costs 47, a user's turn 15 more, an object told 10.
-_MOST_MOVES = {("interactive", "text"): 6, ("interactive", "image"): 6, ("free", "text"): 6, ("free", "image"): 7}
-_MOST_TOLD, _MOST_TOLD_LONG = 5, 2  # objects of a map in words; with the most moves
+# An episode keeps below 483 tokens of the tiny model: a picture costs 47, a user's turn 15 more, an object told 10,
+# and 4 in each thought.
+_MOST_MOVES = {("interactive", "text"): 5, ("interactive", "image"): 6, ("free", "text"): 5, ("free", "image"): 7}
+_MOST_TOLD, _MOST_TOLD_LONG = 4, 2  # objects of a map in words; with the most moves
 _MOST_SHOWN = 8  # objects of a map of which the first view is shown
 _MOST_IN_VIEW = 4  # of those in any view
 _BUMP_RATE = 0.2
 _BACK_RATE = 0.4
 _HOME_RATE = 2 / 3
 
-_NUMBERS = (*NUMBERS, "four", "five", "six", "seven")
+_MAX_MOVES = 7
 _NOTHING = ("", ReadScene((), None))
 _SENTENCES = {f"go {move}.": move for move in MOVES}
 _MAP = tuple((row, column) for row in range(MAP_SIZE) for column in range(MAP_SIZE))
@@ -105,9 +106,9 @@ def sample_explore(
         held_out (`bool`, *optional*): `False` shows no held-out pair; `True` shows at least one, in the first view
             (image) or in any view of the walk (text); `None` draws from all pairs.
         difficulty (`float`, defaults to 1.0): in `(0, 1]`; scales the most moves and the most objects of the map.
-        moves (`int`, *optional*): 1 to 7; `None` draws 2 to 6, or to 7 for a free walk from a picture. Two of three
-            walks of six moves or more see the start again after them for the first time (free: after six of seven).
-            Seven moves in other walks make an episode longer than 480 tokens of the tiny model.
+        moves (`int`, *optional*): 1 to 7; `None` draws 2 to 5, from a picture to 6 (interactive) or 7 (free). Two of
+            three walks of six moves or more see the start again after them for the first time (free: after six of
+            seven). More moves than those make an episode longer than 482 tokens of the tiny model.
         kind (`str`, *optional*): one of [`EXPLORE_KINDS`]; `None` draws it.
         start (`str`, *optional*): one of [`EXPLORE_STARTS`]; `None` draws it.
     Raises:
@@ -116,8 +117,8 @@ def sample_explore(
     for name, value, allowed in (("kind", kind, EXPLORE_KINDS), ("start", start, EXPLORE_STARTS)):
         if value is not None and value not in allowed:
             raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-    if moves is not None and moves not in range(1, len(_NUMBERS)):
-        raise ValueError(f"`moves` must be 1 to {len(_NUMBERS) - 1}, got {moves!r}.")
+    if moves is not None and moves not in range(1, _MAX_MOVES + 1):
+        raise ValueError(f"`moves` must be 1 to {_MAX_MOVES}, got {moves!r}.")
     kind, start = kind or choose(rng, EXPLORE_KINDS), start or choose(rng, EXPLORE_STARTS)
     most_moves = _MOST_MOVES[kind, start]
     if moves is None:
@@ -157,6 +158,8 @@ def check_explore(meaning: ExploreMeaning, answers: Sequence[Sequence[Said]]) ->
     """Mark a walk from its pixels and, if it is free, from its sentences.
 
     A cell is known from the prompt, or from the first picture of the answer that shows it readably.
+    `return` and `border` compare an answer with itself: one picture shown for ever has all of both, but a quarter of
+    `view`. Read them together.
 
     Args:
         meaning ([`ExploreMeaning`]): what the prompts say and show.
@@ -175,7 +178,7 @@ def check_explore(meaning: ExploreMeaning, answers: Sequence[Sequence[Said]]) ->
     start, shown = None, (meaning.background, {cell: known[cell] for cell in _window(place)})
     if meaning.told:
         shown = _view(opening, place)
-        start = _fits(known, shown, meaning.background)
+        start = _agrees(known, shown, meaning.background)
     marks = {"view": [], "return": [], "return_after_6": [], "border": [], "moves_legal": []}
     first = {place: (0, shown)}
     for index, (move, seen) in enumerate(walk, 1):
@@ -185,7 +188,7 @@ def check_explore(meaning: ExploreMeaning, answers: Sequence[Sequence[Said]]) ->
             marks["view"].append(False)
             continue
         before, shown = shown, _view(seen, target)
-        marks["view"].append(_fits(known, shown, meaning.background))
+        marks["view"].append(_agrees(known, shown, meaning.background))
         if target == place:
             marks["border"].append(_is_whole(shown) and shown == before)
         elif target in first:
@@ -282,16 +285,18 @@ def _move_weight(place: Cell, move: str, home: Cell, left: int, bumps: bool) -> 
 def _turns(meaning: ExploreMeaning, walk: list[str], frames: list[Frame]) -> tuple[Turn, ...]:
     """The conversation; `frames` are the view of the start and the one after each move."""
     name = PLACES[position_name(*meaning.start)][0]
+    # What is told must be looked up for every view; doing so in words first makes drawing it easy.
+    views = [[ImageThought(brief_text(frame.objects)), frame] if meaning.told else [frame] for frame in frames]
     opening = [f"{_tell(meaning)} start {name}." if meaning.told else f"start {name}."]
     sentences = [f"go {move}." for move in walk]
     if meaning.moves is None:
-        opening.append(f"explore in {_NUMBERS[meaning.steps]} {'step' if meaning.steps == 1 else 'steps'}.")
-        answer = [piece for pair in zip(sentences, frames[1:], strict=True) for piece in pair]
-        exchanges = [(opening, [frames[0]] * meaning.told + answer)]
+        opening.append(f"explore in {NUMBER_WORDS[meaning.steps]} {'step' if meaning.steps == 1 else 'steps'}.")
+        answer = [piece for sentence, view in zip(sentences, views[1:], strict=True) for piece in (sentence, *view)]
+        exchanges = [(opening, [*views[0]] * meaning.told + answer)]
     else:
-        exchanges = [([sentence], [frame]) for sentence, frame in zip(sentences, frames[1:], strict=True)]
+        exchanges = [([sentence], view) for sentence, view in zip(sentences, views[1:], strict=True)]
         if meaning.told:
-            exchanges.insert(0, (opening, [frames[0]]))
+            exchanges.insert(0, (opening, views[0]))
         else:
             exchanges[0][0][:0] = opening
     turns = []
@@ -304,7 +309,7 @@ def _turns(meaning: ExploreMeaning, walk: list[str], frames: list[Frame]) -> tup
 def _tell(meaning: ExploreMeaning) -> str:
     """The map in words: "a map on navy: small red circle two one, large blue square four five."."""
     objects = [
-        f"{size} {color} {shape} {_NUMBERS[cell[0] + 1]} {_NUMBERS[cell[1] + 1]}"
+        f"{size} {color} {shape} {NUMBER_WORDS[cell[0] + 1]} {NUMBER_WORDS[cell[1] + 1]}"
         for cell, look in meaning.known.items()
         if look is not None
         for shape, color, size in [look]
@@ -312,7 +317,9 @@ def _tell(meaning: ExploreMeaning) -> str:
     return f"a map on {meaning.background}: {', '.join(objects)}."
 
 
-def _said(meaning: ExploreMeaning, answers: Sequence[Sequence[Said]]):
+def _said(
+    meaning: ExploreMeaning, answers: Sequence[Sequence[Said]]
+) -> tuple[bool, ReadScene | None, list[tuple[str | None, ReadScene]]]:
     """Whether all was said that was asked for and no more, what the start shows, and each move with what it shows."""
     turns = [read_told([answer]) for answer in answers]
     number = meaning.steps + meaning.told
@@ -344,7 +351,7 @@ def _is_whole(view: View) -> bool:
     return view[0] is not None and len(view[1]) == GRID_SIZE**2
 
 
-def _fits(known: dict[Cell, Look | None], view: View, background: str) -> bool:
+def _agrees(known: dict[Cell, Look | None], view: View, background: str) -> bool:
     """Whether a view is right; what it shows of the map for the first time is known from now on."""
     fits = _is_whole(view) and view[0] == background and all(known.get(c, look) == look for c, look in view[1].items())
     for cell, look in view[1].items():

@@ -17,11 +17,11 @@ from functools import cache
 import numpy as np
 
 from .checker import ReadScene
-from .episode import Episode, GlobalThought, Said, Turn
-from .language import describe_text
-from .meaning import Described
-from .questions import _cell, _fits, _looks
+from .episode import Episode, GlobalThought, Said, Turn, read_told, up_to
+from .language import brief_text, describe_text
+from .meaning import Described, cell_of, fits, looks_of
 from .scene import (
+    CELLS,
     COLORS,
     HELD_OUT,
     MAX_OBJECTS,
@@ -35,15 +35,15 @@ from .scene import (
     position_name,
     sample_scene,
 )
-from .story import CELLS, POSITION_OF, THING, read_thing, read_told, up_to
-from .words import PLACES, choose, noun_phrase
+from .story import POSITION_OF, THING, read_thing
+from .words import NUMBER_WORDS, PLACES, choose, noun_phrase
 
 MAX_STEPS = 4
 """Most steps of a sampled how-to, least necessary."""
 SPARE_STEPS = 2
 """Steps that a plan may take beyond the least necessary."""
 
-_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_NUMBERS = NUMBER_WORDS[1:]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Step:
 def sample_howto(rng: np.random.Generator, held_out: bool | None = False, difficulty: float = 1.0) -> Episode:
     """Draw a how-to: task "howto", kind "from_nothing_1" to "from_nothing_3" or "from_image_1" to "from_image_4".
 
-    The number in the kind is that of the least necessary steps. The right answer opens with the plan as a thought.
+    The number in the kind is that of the least necessary steps. The right answer opens with a thought: what
+    the picture of the prompt shows, and the plan.
 
     Args:
         rng (`np.random.Generator`): the only source of randomness.
@@ -89,7 +90,8 @@ def sample_howto(rng: np.random.Generator, held_out: bool | None = False, diffic
         kind, (start, goal) = "from_image", _sample_repair(rng, held_out, most)
     meaning = HowtoMeaning(start, Frame(goal.objects, goal.background))
     steps = shortest_plan(start, meaning.goal)
-    content: list = [GlobalThought(_summary(steps))]
+    seen = "" if kind == "from_nothing" else f"{brief_text(start.objects)}. "
+    content: list = [GlobalThought(seen + _summary(steps))]
     frame = start
     for number, step in enumerate(steps, 1):
         frame = apply_step(step, frame)
@@ -126,11 +128,11 @@ def parse_step(text: str) -> tuple[int, Step]:
 
 def apply_step(step: Step, frame: Frame) -> Frame | None:
     """The frame after a step, objects in reading order; `None` if the step is not legal in the frame."""
-    free = set(CELLS) - set(map(_cell, frame.objects))
+    free = set(CELLS) - set(map(cell_of, frame.objects))
     if step.verb == "put":
         o = SceneObject(step.thing.shape, step.thing.color, step.thing.size, *step.thing.cell)
-        return _sorted((*frame.objects, o), frame) if _cell(o) in free else None
-    found = [o for o in frame.objects if _fits(o, step.thing)]
+        return _sorted((*frame.objects, o), frame) if cell_of(o) in free else None
+    found = [o for o in frame.objects if fits(o, step.thing)]
     if len(found) != 1:
         return None
     kept = [o for o in frame.objects if o is not found[0]]
@@ -198,10 +200,10 @@ def shortest_plan(start: Frame, goal: Frame) -> list[Step]:
     for o, to in pairs:
         if o.color != to.color:
             take("paint", _name(o, frame), to.color)
-    moves = [(o, to) for o, to in pairs if _cell(o) != _cell(to)]
+    moves = [(o, to) for o, to in pairs if cell_of(o) != cell_of(to)]
     while moves:
-        taken = set(map(_cell, frame.objects))
-        index = next((i for i, (_, to) in enumerate(moves) if _cell(to) not in taken), None)
+        taken = set(map(cell_of, frame.objects))
+        index = next((i for i, (_, to) in enumerate(moves) if cell_of(to) not in taken), None)
         if index is None:  # a ring of objects that stand in each other's way: one of them steps aside
             o, to = moves[0]
             aside = next(cell for cell in CELLS if cell not in taken)
@@ -212,7 +214,7 @@ def shortest_plan(start: Frame, goal: Frame) -> list[Step]:
             take("move", _name(o, frame), to.position)
     for o, to in zip(sources, goal.objects, strict=True):
         if o is None:
-            take("put", replace(_looks(to), position=to.position))
+            take("put", replace(looks_of(to), position=to.position))
     return steps
 
 
@@ -231,10 +233,10 @@ def _sample_repair(rng: np.random.Generator, held_out: bool | None, most: int) -
             objects[i] = replace(o, color=choose(rng, [c for c in _colors(o.shape, held_out) if c != o.color]))
         elsewhere += [sample_scene(rng, 1, held_out=False).objects[0] for _ in range(strays)]
         for o in elsewhere:  # perhaps where another object belongs
-            taken = set(map(_cell, (o, *objects)))
+            taken = set(map(cell_of, (o, *objects)))
             row, column = choose(rng, [cell for cell in CELLS if cell not in taken])
             objects.append(replace(o, row=row, column=column))
-        if len({_looks(o) for o in objects}) == len(objects):
+        if len({looks_of(o) for o in objects}) == len(objects):
             start = _sorted(objects, goal)
             if 0 < len(shortest_plan(start, goal)) <= most:
                 return start, goal
@@ -278,7 +280,7 @@ def _assignments(
 
 
 def _becomes(o: SceneObject, to: SceneObject) -> bool:
-    same = o.color == to.color or _cell(o) == _cell(to)
+    same = o.color == to.color or cell_of(o) == cell_of(to)
     return (o.shape, o.size) == (to.shape, to.size) and same
 
 
@@ -287,7 +289,7 @@ def _cost(start: Frame, goal: Frame, sources: tuple[SceneObject | None, ...]) ->
     pairs = list(zip(sources, goal.objects, strict=True))
     changes = sum(o != to for o, to in pairs)  # puts, moves and paints
     removed = len(start.objects) - sum(o is not None for o in sources)
-    moves = {_cell(o): _cell(to) for o, to in pairs if o is not None and _cell(o) != _cell(to)}
+    moves = {cell_of(o): cell_of(to) for o, to in pairs if o is not None and cell_of(o) != cell_of(to)}
     paints = sum(o is not None and o.color != to.color for o, to in pairs)
     return changes + removed + _rings(moves), paints
 
@@ -305,8 +307,8 @@ def _rings(moves: dict[tuple[int, int], tuple[int, int]]) -> int:
 
 def _name(o: SceneObject, frame: Frame) -> Described:
     """The whole look, with the position where another object looks the same."""
-    look = _looks(o)
-    return look if sum(_fits(other, look) for other in frame.objects) == 1 else replace(look, position=o.position)
+    look = looks_of(o)
+    return look if sum(fits(other, look) for other in frame.objects) == 1 else replace(look, position=o.position)
 
 
 # ------------------------------------------------------------------------------------------------------- checking
@@ -338,4 +340,4 @@ def _whole_frame(seen: ReadScene) -> Frame | None:
 
 
 def _sorted(objects: Sequence[SceneObject], frame: Frame) -> Frame:
-    return Frame(tuple(sorted(objects, key=_cell)), frame.background)
+    return Frame(tuple(sorted(objects, key=cell_of)), frame.background)

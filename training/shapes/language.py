@@ -6,19 +6,25 @@ always exact.
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .meaning import INVERSE, RELATIONS, Described, Meaning, Relation, meaning_of, relation_holds
 from .parsing import parse_caption
-from .scene import Scene
+from .scene import Scene, SceneObject
 from .words import NUMBERS, PLACES, RELATION_PHRASES, choose, noun_phrase, with_article
 
-__all__ = ["Caption", "caption", "describe_text", "parse_caption"]
+__all__ = ["Caption", "brief_text", "caption", "describe_text", "parse_caption"]
 
 _OPENERS = ("", "", "", "an image of ", "a picture of ", "there is ")
 _SYNONYMS = {"small": "tiny", "large": "big"}
+
+
+def brief_text(objects: Iterable[SceneObject]) -> str:
+    """What stands where, for thoughts: "small red circle top left, large blue square center", or "nothing"."""
+    return ", ".join(f"{o.size} {o.color} {o.shape} {o.position}" for o in objects) or "nothing"
 
 
 @dataclass(frozen=True)

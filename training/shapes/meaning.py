@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-from .scene import Scene, position_cell
+from .scene import Scene, SceneObject, position_cell
 
 RELATIONS: tuple[str, ...] = ("above", "below", "left of", "right of")
+ASPECTS: tuple[str, ...] = ("size", "color", "shape", "position")
+"""What a sentence may say of an object."""
 INVERSE: dict[str, str] = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 
@@ -72,3 +74,18 @@ class Meaning:
 def meaning_of(scene: Scene) -> Meaning:
     """The meaning that fixes everything about a scene but names no relation."""
     return Meaning(tuple(Described(o.shape, o.color, o.size, o.position) for o in scene.objects), (), scene.background)
+
+
+def fits(o: SceneObject, described: Described) -> bool:
+    """Whether everything the description says is true of the object."""
+    return all(getattr(described, a) in (None, getattr(o, a)) for a in ASPECTS)
+
+
+def looks_of(o: SceneObject) -> Described:
+    """All about an object but its position."""
+    return Described(o.shape, o.color, o.size)
+
+
+def cell_of(o: SceneObject) -> tuple[int, int]:
+    """`(row, column)`."""
+    return o.row, o.column

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .language import describe_text
-from .meaning import RELATIONS, Described, relation_holds
+from .meaning import ASPECTS, RELATIONS, Described, cell_of, fits, looks_of, relation_holds
 from .scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, SceneObject
 from .words import NUMBERS, PLACES, RELATION_PHRASES, choose, noun_phrase, with_article
 
@@ -14,7 +14,6 @@ QUESTION_KINDS: tuple[str, ...] = ("colour", "shape", "count", "size", "position
 """What [`sample_question`] may ask. [`describe`] is apart: its answer is long."""
 
 _DESCRIBE_PROMPTS = ("describe the image.", "describe this image.", "describe the picture.", "describe this picture.")
-_ASPECTS = ("size", "color", "shape", "position")
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,22 @@ def describe(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     o = choose(rng, scene.objects)
-    return f"what color is {_refer(scene, o, rng, 'color')}?", o.color
+    return f"what color is {refer(scene, o, rng, 'color')}?", o.color
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     o = choose(rng, scene.objects)
-    return f"what shape is {_refer(scene, o, rng, 'shape')}?", o.shape
+    return f"what shape is {refer(scene, o, rng, 'shape')}?", o.shape
 
 
 def _size(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     o = choose(rng, scene.objects)
-    return f"what size is {_refer(scene, o, rng, 'size')}?", o.size
+    return f"what size is {refer(scene, o, rng, 'size')}?", o.size
 
 
 def _position(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     o = choose(rng, scene.objects)
-    return f"where is {_refer(scene, o, rng, 'position')}?", o.position
+    return f"where is {refer(scene, o, rng, 'position')}?", o.position
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -84,18 +83,18 @@ def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
         described = Described(**{aspect: getattr(choose(rng, scene.objects), aspect)})
     else:
         described = Described(**{aspect: choose(rng, _VALUES[aspect])})
-    number = sum(_fits(o, described) for o in scene.objects)
+    number = sum(fits(o, described) for o in scene.objects)
     return f"how many {noun_phrase(described, number=2)} are there?", NUMBERS[number]
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """ "is A above or below B?", or "what is above B?" where exactly one object is."""
     subject, other = _pair(scene, rng)
-    name = choose(rng, [r for r in RELATIONS if relation_holds(r, _cell(subject), _cell(other))])
-    if rng.random() < 0.5 and sum(relation_holds(name, _cell(o), _cell(other)) for o in scene.objects) == 1:
-        answer = with_article(noun_phrase(_looks(subject)))
-        return f"what is {choose(rng, RELATION_PHRASES[name])} {_refer(scene, other, rng)}?", answer
-    a, b = (_refer(scene, o, rng, "position") for o in (subject, other))
+    name = choose(rng, [r for r in RELATIONS if relation_holds(r, cell_of(subject), cell_of(other))])
+    if rng.random() < 0.5 and sum(relation_holds(name, cell_of(o), cell_of(other)) for o in scene.objects) == 1:
+        answer = with_article(noun_phrase(looks_of(subject)))
+        return f"what is {choose(rng, RELATION_PHRASES[name])} {refer(scene, other, rng)}?", answer
+    a, b = (refer(scene, o, rng, "position") for o in (subject, other))
     # The true relation is drawn uniformly, so either answer of a pair is as likely.
     choice = "above or below" if name in ("above", "below") else "left of or right of"
     return f"is {a} {choice} {b}?", name
@@ -110,11 +109,11 @@ def _yes_no(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _is_there(scene: Scene, rng: np.random.Generator, truth: bool) -> str:
-    looks = _looks(choose(rng, scene.objects))
+    looks = looks_of(choose(rng, scene.objects))
     aspects = choose(rng, [a for n in (1, 2, 3) for a in itertools.combinations(("size", "color", "shape"), n)])
     described = Described(**{aspect: getattr(looks, aspect) for aspect in aspects})
     if not truth:
-        misses = [m for m in _near_misses(described) if not any(_fits(o, m) for o in scene.objects)]
+        misses = [m for m in _near_misses(described) if not any(fits(o, m) for o in scene.objects)]
         # Both sizes may be there: then nothing near is missing and the question asks for a colour that is.
         absent = [c for c in COLORS if all(o.color != c for o in scene.objects)]
         described = choose(rng, misses) if misses else Described(color=choose(rng, absent))
@@ -123,11 +122,11 @@ def _is_there(scene: Scene, rng: np.random.Generator, truth: bool) -> str:
 
 def _is_it(scene: Scene, rng: np.random.Generator, truth: bool) -> str:
     o = choose(rng, scene.objects)
-    aspect = choose(rng, _ASPECTS)
+    aspect = choose(rng, ASPECTS)
     value = getattr(o, aspect)
     if not truth:
         value = choose(rng, [v for v in _VALUES[aspect] if v != value])
-    thing = _refer(scene, o, rng, aspect)
+    thing = refer(scene, o, rng, aspect)
     said = {"position": choose(rng, PLACES[value])} if aspect == "position" else {}
     return f"is {thing} {said.get(aspect, with_article(value) if aspect == 'shape' else value)}?"
 
@@ -139,8 +138,8 @@ def _is_background(scene: Scene, rng: np.random.Generator, truth: bool) -> str:
 
 def _is_related(scene: Scene, rng: np.random.Generator, truth: bool) -> str:
     subject, other = _pair(scene, rng)
-    name = choose(rng, [r for r in RELATIONS if relation_holds(r, _cell(subject), _cell(other)) == truth])
-    a, b = (_refer(scene, o, rng, "position") for o in (subject, other))
+    name = choose(rng, [r for r in RELATIONS if relation_holds(r, cell_of(subject), cell_of(other)) == truth])
+    a, b = (refer(scene, o, rng, "position") for o in (subject, other))
     return f"is {a} {choose(rng, RELATION_PHRASES[name])} {b}?"
 
 
@@ -157,41 +156,28 @@ _ASK = {
 _VALUES = {"size": SIZES, "color": tuple(COLORS), "shape": SHAPES, "position": tuple(PLACES)}
 
 
-def _refer(scene: Scene, target: SceneObject, rng: np.random.Generator, hidden: str | None = None) -> str:
+def refer(scene: Scene, target: SceneObject, rng: np.random.Generator, hidden: str | None = None) -> str:
     """ "the red circle": a description without the aspect `hidden` that fits the target alone.
 
     Drawn uniformly among the sets of aspects that single the target out. Without its position looks always do; without
     one of its looks the position does.
     """
-    usable = [aspect for aspect in _ASPECTS if aspect != hidden]
+    usable = [aspect for aspect in ASPECTS if aspect != hidden]
     options = []
     for number in range(len(usable) + 1):
         for aspects in itertools.combinations(usable, number):
             described = Described(**{aspect: getattr(target, aspect) for aspect in aspects})
-            if sum(_fits(o, described) for o in scene.objects) == 1:
+            if sum(fits(o, described) for o in scene.objects) == 1:
                 options.append(described)
     described = choose(rng, options)
     phrase = f"the {noun_phrase(described)}"
     return phrase if described.position is None else f"{phrase} {choose(rng, PLACES[described.position])}"
 
 
-def _fits(o: SceneObject, described: Described) -> bool:
-    """Whether everything the description says is true of the object."""
-    return all(getattr(described, a) is None or getattr(described, a) == getattr(o, a) for a in _ASPECTS)
-
-
 def _near_misses(described: Described) -> list[Described]:
     """The descriptions that differ in exactly one aspect that is said."""
-    said = {aspect: getattr(described, aspect) for aspect in _ASPECTS if getattr(described, aspect) is not None}
+    said = {aspect: getattr(described, aspect) for aspect in ASPECTS if getattr(described, aspect) is not None}
     return [Described(**{**said, a: v}) for a, old in said.items() for v in _VALUES[a] if v != old]
-
-
-def _looks(o: SceneObject) -> Described:
-    return Described(o.shape, o.color, o.size)
-
-
-def _cell(o: SceneObject) -> tuple[int, int]:
-    return o.row, o.column
 
 
 def _pair(scene: Scene, rng: np.random.Generator) -> tuple[SceneObject, SceneObject]:

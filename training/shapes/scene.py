@@ -57,6 +57,8 @@ POSITIONS: tuple[str, ...] = (
     "bottom right",
 )
 """The name of each cell, in reading order."""
+CELLS: tuple[tuple[int, int], ...] = tuple(itertools.product(range(GRID_SIZE), repeat=2))
+"""`(row, column)` of each cell, in reading order."""
 
 _KINDS = tuple(itertools.product(COLORS, SHAPES, SIZES))
 _HELD_OUT_KINDS = tuple(kind for kind in _KINDS if kind[:2] in HELD_OUT)

@@ -13,20 +13,19 @@ Many stories fit a prompt. [`check_story`] marks whichever was told by these def
 - a thing must fit exactly one object of the picture ("meets": one besides the character).
 """
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .checker import ReadObject, ReadScene, read_scenes
-from .episode import Episode, ImageThought, Said, Turn
-from .meaning import Described
-from .questions import _cell, _fits, _looks
+from .checker import ReadObject, ReadScene
+from .episode import Episode, ImageThought, Said, Turn, read_told, up_to
+from .language import brief_text
+from .meaning import Described, cell_of, fits, looks_of
 from .scene import (
+    CELLS,
     COLORS,
-    GRID_SIZE,
     MAX_OBJECTS,
     POSITIONS,
     SHAPES,
@@ -96,7 +95,7 @@ def sample_story(rng: np.random.Generator, held_out: bool | None = False, diffic
     scene = sample_scene(rng, int(rng.integers(1, most_objects + 1)), held_out)
     character = choose(rng, [o for o in scene.objects if o.held_out or not held_out])
     still = Frame(tuple(o for o in scene.objects if o != character), scene.background)
-    meaning = StoryMeaning(_looks(character), still, num_frames, _frame(character, still) if goes_on else None)
+    meaning = StoryMeaning(looks_of(character), still, num_frames, _frame(character, still) if goes_on else None)
 
     subject, content = short_name(character, scene.objects), []
     for number in range(num_frames):
@@ -105,8 +104,7 @@ def sample_story(rng: np.random.Generator, held_out: bool | None = False, diffic
         else:
             character, verb, target = _go_on(character, still, rng)
             narration = Narration(verb, target, subject if number == 0 else None)
-        things = [f"{noun_phrase(_looks(o))} {o.position}" for o in (character, *still.objects)]
-        thought = ImageThought(", ".join([*things, still.background]))
+        thought = ImageThought(f"{brief_text((character, *still.objects))}, {still.background}")
         content += [narrate(narration), thought, _frame(character, still)]
     turns = Turn("user", _prompt(meaning)), Turn("assistant", tuple(content))
     return Episode("story", f"{num_frames}_frames", turns, meaning)
@@ -176,8 +174,6 @@ def check_story(meaning: StoryMeaning, answers: Sequence[Sequence[Said]]) -> dic
 
 # ------------------------------------------------------------------------------------------- shared with `howto`
 
-CELLS: tuple[tuple[int, int], ...] = tuple(itertools.product(range(GRID_SIZE), repeat=2))
-"""`(row, column)` of each cell, in reading order."""
 THING: str = rf"(?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLORS)}) )?(?:{'|'.join(SHAPES)})"
 """Pattern of `[SIZE] [COLOUR] SHAPE`, without groups."""
 POSITION_OF: dict[str, str] = {phrase: position for position, phrases in PLACES.items() for phrase in phrases}
@@ -191,34 +187,6 @@ def read_thing(phrase: str) -> Described:
     return Described(*named)
 
 
-def up_to(difficulty: float, least: int, most: int) -> int:
-    """`least` at the smallest difficulty to `most` at 1.
-
-    Raises:
-        ValueError: if `difficulty` is not in `(0, 1]`.
-    """
-    if not 0 < difficulty <= 1:
-        raise ValueError(f"`difficulty` must be in (0, 1], got {difficulty!r}.")
-    return least + int((most - least) * difficulty + 0.5)
-
-
-def read_told(answers: Sequence[Sequence[Said]]) -> tuple[list[tuple[str, ReadScene]], str]:
-    """The pictures of an answer, each with the text since the one before, and the text after the last.
-
-    Thoughts are left out. A damaged picture shows nothing: no object and no background.
-    """
-    told, texts = [], []
-    for piece in itertools.chain.from_iterable(answers):
-        if piece is None or isinstance(piece, np.ndarray):
-            told.append((" ".join(texts), piece))
-            texts = []
-        elif isinstance(piece, str) and piece:
-            texts.append(piece)
-    pixels = [piece for _, piece in told if piece is not None]
-    seen = iter(read_scenes(np.stack(pixels)) if pixels else ())
-    return [(text, ReadScene((), None) if piece is None else next(seen)) for text, piece in told], " ".join(texts)
-
-
 # ------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -227,19 +195,19 @@ def _prompt(meaning: StoryMeaning) -> tuple[str | Frame, ...]:
     request = f"tell the story in {NUMBERS_OF_PICTURES[meaning.num_frames]} pictures."
     if meaning.first is not None:
         return f"the {look} travels. {request}", meaning.first
-    things = [f"{with_article(noun_phrase(_looks(o)))} is {PLACES[o.position][0]}." for o in still.objects]
+    things = [f"{with_article(noun_phrase(looks_of(o)))} is {PLACES[o.position][0]}." for o in still.objects]
     return (" ".join([f"{with_article(look)} travels on a {still.background} background.", *things, request]),)
 
 
 def _frame(character: SceneObject, still: Frame) -> Frame:
-    return Frame(tuple(sorted((character, *still.objects), key=_cell)), still.background)
+    return Frame(tuple(sorted((character, *still.objects), key=cell_of)), still.background)
 
 
 def _go_on(
     character: SceneObject, still: Frame, rng: np.random.Generator
 ) -> tuple[SceneObject, str, str | Described | None]:
     """The character in the next picture, and the verb and the target of its sentence."""
-    here, taken = _cell(character), set(map(_cell, still.objects))
+    here, taken = cell_of(character), set(map(cell_of, still.objects))
     deed = rng.random()
     if deed < _STAYS:
         return character, "stays", None
@@ -250,7 +218,7 @@ def _go_on(
     moved = replace(character, row=cell[0], column=cell[1])
     if jumps:
         return moved, "jumps", position_name(*cell)
-    met = [o for o in still.objects if _distance(cell, _cell(o)) == 1]
+    met = [o for o in still.objects if _distance(cell, cell_of(o)) == 1]
     if met and rng.random() < _MEETS:
         return moved, "meets", short_name(choose(rng, met), (moved, *still.objects))
     return moved, "moves", next(name for name, step in DIRECTIONS.items() if _moved(here, step) == cell)
@@ -258,9 +226,9 @@ def _go_on(
 
 def short_name(target: SceneObject, objects: Sequence[SceneObject]) -> Described:
     """The shortest description without a position that fits the target alone; looks must differ."""
-    look = _looks(target)
+    look = looks_of(target)
     names = (Described(look.shape), Described(look.shape, look.color), Described(look.shape, None, look.size), look)
-    return next(name for name in names if sum(_fits(o, name) for o in objects) == 1)
+    return next(name for name in names if sum(fits(o, name) for o in objects) == 1)
 
 
 # ------------------------------------------------------------------------------------------------------- checking
@@ -293,22 +261,22 @@ def _is_true(
         return cell == before
     if said.verb == "jumps":
         return position_name(*cell) == said.target and _distance(before, cell) > 1
-    met = _cell_of(said.target, [o for o in objects if _cell(o) != cell])
+    met = _cell_of(said.target, [o for o in objects if cell_of(o) != cell])
     return met is not None and _distance(before, cell) == 1 and _distance(cell, met) == 1
 
 
 def _world_stands(meaning: StoryMeaning, seen: ReadScene) -> bool:
     """See `world` of [`check_story`]. One strange thing may be the character gone wrong: `character` counts that."""
-    characters = sum(_fits(o, meaning.character) for o in seen.objects)
-    others = {(_looks(o), _cell(o)) for o in seen.objects if not _fits(o, meaning.character)}
-    still = {(_looks(o), _cell(o)) for o in meaning.still.objects}
+    characters = sum(fits(o, meaning.character) for o in seen.objects)
+    others = {(looks_of(o), cell_of(o)) for o in seen.objects if not fits(o, meaning.character)}
+    still = {(looks_of(o), cell_of(o)) for o in meaning.still.objects}
     strangers = len(others - still) + len(seen.unreadable)
     return seen.background == meaning.still.background and still <= others and strangers <= (characters == 0)
 
 
 def _cell_of(thing: Described, objects: Sequence[SceneObject | ReadObject]) -> tuple[int, int] | None:
     """Where the only object stands that a description fits; `None` if there is none or more than one."""
-    cells = [_cell(o) for o in objects if _fits(o, thing)]
+    cells = [cell_of(o) for o in objects if fits(o, thing)]
     return cells[0] if len(cells) == 1 else None
 
 

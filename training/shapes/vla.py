@@ -21,9 +21,8 @@ from functools import cache
 import numpy as np
 
 from .checker import ReadScene
-from .episode import Episode, Said, Turn
+from .episode import Episode, GlobalThought, Said, Turn, read_told, up_to
 from .scene import BACKGROUNDS, COLORS, GRID_SIZE, HELD_OUT, Frame, SceneObject, _draw
-from .story import read_told, up_to
 from .words import PLACES, choose
 
 GRIPPER_COLOR = "pink"
@@ -42,7 +41,8 @@ _RAIL, _UP, _FLOOR = range(GRID_SIZE)
 _COLUMNS = tuple(range(GRID_SIZE))
 _FULL = 2  # blocks of a column
 _HELD_RATE = 1 / 3  # of episodes that start with a block in the gripper
-_FLOOR_PHRASES = tuple(f"on the floor {PLACES[name][0]}" for name in ("left", "center", "right"))
+_COLUMN_NAMES = ("left", "center", "right")
+_FLOOR_PHRASES = tuple(f"on the floor {PLACES[name][0]}" for name in _COLUMN_NAMES)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def sample_vla(
     """Draw a task: task "vla", kind "2_subtasks", "4_subtasks", "6_subtasks", or "start_held" (1, 3 or 5 sub-tasks).
 
     The number of sub-tasks is odd if a block is in the gripper at the start, since a goal wants the gripper empty. The
-    answer is the plan of [`shortest_plan`].
+    answer is the plan of [`shortest_plan`], after a thought that says what stands where and where each block goes.
 
     Args:
         rng (`np.random.Generator`): the only source of randomness.
@@ -131,12 +131,27 @@ def sample_vla(
             state = _sample_state(rng, blocks, held=kind == "start_held")
             goal = _sample_goal(rng, state, number)
     meaning = VlaMeaning(goal, state, background)
-    answer, shown = [], state
-    for subtask in shortest_plan(state, goal):
+    plan, shown = shortest_plan(state, goal), state
+    answer: list = [GlobalThought(_think(state, plan))]
+    for subtask in plan:
         shown = apply_subtask(subtask, shown)
         answer += [instruct_subtask(subtask), state_frame(shown, background)]
     prompt = goal_text(goal), state_frame(state, background)
     return Episode("vla", kind, (Turn("user", prompt), Turn("assistant", tuple(answer))), meaning)
+
+
+def _think(state: BlocksState, plan: Sequence[Subtask]) -> str:
+    """What stands where, lowest first, and where each block goes: "orange red center. red right, orange left."."""
+    there = [f"{' '.join(blocks)} {name}" for blocks, name in zip(state.columns, _COLUMN_NAMES, strict=True) if blocks]
+    block, goes = state.held, []
+    for subtask in plan:
+        if isinstance(subtask, Pick):
+            block = subtask.block
+        else:
+            target = subtask.target
+            goes.append(f"{block} {_COLUMN_NAMES[target] if isinstance(target, int) else f'on {target}'}")
+    held = [f"{state.held} in gripper"] if state.held else []
+    return f"{', '.join([*there, *held])}. {', '.join(goes)}."
 
 
 def instruct_subtask(subtask: Subtask) -> str:

@@ -5,8 +5,10 @@ import numpy as np
 from .meaning import Described
 from .scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 
-NUMBERS: tuple[str, ...] = ("zero", "one", "two", "three")
-"""Number words; the index is the value."""
+NUMBER_WORDS: tuple[str, ...] = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+"""The index is the value."""
+NUMBERS = NUMBER_WORDS[:4]
+"""Those that captions, questions and answers hold."""
 NOUNS: dict[str, str | None] = {**{shape: shape for shape in SHAPES}, "object": None}
 """Noun to the shape it says; "object" leaves the shape open."""
 PLURALS: dict[str, str] = {noun + ("es" if noun.endswith("s") else "s"): noun for noun in NOUNS}
