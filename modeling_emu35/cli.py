@@ -168,14 +168,14 @@ def _add_story(add):
         "story",
         _story,
         "make an answer of text and images, shown while it comes and saved as a page",
-        'emu35 story "a small red circle travels to the right" -o story',
+        'emu35 story "a small red circle travels on a white background. tell the story in three pictures." -o story',
     )
     command.add_argument("prompt", help="what to tell, to explain, to explore or to do")
     command.add_argument(
         "-o", "--output", default="story", metavar="DIR", help="folder for the page and its images (default: story)"
     )
     command.add_argument(
-        "--task", choices=("story", "howto", "explore", "vla"), default="story", help="default: %(default)s"
+        "--task", choices=("story", "howto", "explore", "vla", "chat"), default="story", help="default: %(default)s"
     )
     command.add_argument(
         "--image",

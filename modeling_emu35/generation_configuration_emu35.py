@@ -71,6 +71,7 @@ HONOURED = (
     "eos_token_id",
 )
 SETTINGS = (*_OWN, *HONOURED)
+_SIZES = ("height", "width", "aspect_ratio")
 
 _INHERITED = frozenset(vars(GenerationConfig()))
 #: Inherited settings that change nothing about an answer; callers such as trainers set them as a matter of course.
@@ -179,8 +180,11 @@ class Emu35GenerationConfig(GenerationConfig):
         if task is not None and defaults is None:
             get_template(task)  # raises for an unknown task; others simply have no defaults of their own
         config = copy.deepcopy(self)
-        for name, value in {**(defaults or {}), **settings}.items():
-            setattr(config, name, value)
+        for given in (defaults or {}, settings):
+            if any(given.get(name) is not None for name in _SIZES):  # takes the place of any other size
+                given = {**dict.fromkeys(_SIZES), **given}
+            for name, value in given.items():
+                setattr(config, name, value)
         config.validate()
         neutral = self._get_default_generation_params()
         for name in sorted(_INHERITED.difference(SETTINGS, _WITHOUT_EFFECT)):

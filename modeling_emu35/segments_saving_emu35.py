@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import logging
 import os
 import re
@@ -215,7 +216,7 @@ class _Markdown:
     def text(text: str) -> str:
         lines = [_escape_markdown(line.strip()) for line in text.strip().splitlines()]
         # A line break inside a paragraph needs a mark.
-        pairs = zip(lines, [*lines[1:], ""], strict=True)
+        pairs = itertools.zip_longest(lines, lines[1:], fillvalue="")
         return "\n".join(f"{line}\\" if line and following else line for line, following in pairs)
 
     @staticmethod

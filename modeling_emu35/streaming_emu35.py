@@ -10,6 +10,7 @@ grammar.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from .segments_emu35 import Image, Segment, decode_images, iter_images, read_ima
 
 logger = logging.getLogger(__name__)
 
+#: Seconds between two looks at the world while waiting. A wait without an end would not hear Ctrl-C on every system.
+_NAP = 0.1
 #: What decoding shows where bytes are no character, or not yet one.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -494,9 +497,12 @@ class Emu35Streamer(BaseStreamer):
             raise event.error
 
     def _next(self) -> Event | None:
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
         with self._changed:
-            if not self._changed.wait_for(lambda: self._events or self._has_ended or self._is_closed, self.timeout):
-                raise TimeoutError(f"`generate` has made nothing to read for `timeout`={self.timeout} s.")
+            while not (self._events or self._has_ended or self._is_closed):
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise TimeoutError(f"`generate` has made nothing to read for `timeout`={self.timeout} s.")
+                self._changed.wait(_NAP if deadline is None else min(_NAP, max(0.0, deadline - time.monotonic())))
             event = self._events.popleft() if self._events else None
             self._changed.notify_all()
             return event

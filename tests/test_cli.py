@@ -247,7 +247,8 @@ def told(tiny_processor, tiny_layout, monkeypatch):
             for number, token_id in enumerate(ids):
                 if number == interrupt_at:
                     signal.raise_signal(signal.SIGINT)  # handled by the main thread, like Ctrl-C
-                    while not streamer.stop_requested:
+                    deadline = time.monotonic() + 60
+                    while not streamer.stop_requested and time.monotonic() < deadline:
                         time.sleep(0.001)
                 if streamer.stop_requested:
                     break
@@ -323,7 +324,15 @@ def test_an_incomplete_image_is_told_and_left_out_of_what_follows(run, told, mon
     assert tiny_layout.boi_token_id not in calls[1]["input_ids"]
 
 
-def test_ctrl_c_keeps_what_is_finished(run, told):
+@pytest.fixture
+def hears_ctrl_c():
+    """Jobs in the background of a shell are begun with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_what_is_finished(run, told, hears_ctrl_c):
     told(["a fox", PICTURE, " and ", PICTURE], interrupt_at=24)
     status, out, err = run("story", PROMPT, "-o", "out")
     assert (status, err) == (130, "interrupted\n")

@@ -43,13 +43,15 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def test_readme(tmp_path, capsys):
     scope = run(ROOT / "README.md")
-    for name in ("image", "edited", "combined", "start"):
+    for name in ("image", "edited", "completed", "combined", "start"):
         assert isinstance(scope[name], Image) and scope[name].size == SIZE, name
     assert scope["answer"].text == "blue"
     assert capsys.readouterr().out.startswith("blue\n")
     for name in ("story", "steps", "walk", "plan"):
         assert scope[name] and isinstance(scope[name], Segments), name
     assert scope["rest"] is not scope["plan"]
+    assert scope["part"].past_key_values is not None and not scope["part"].finished[0]
+    assert scope["whole"].sequences.tolist() == scope["output"].sequences.tolist()
     assert [view.size for view in scope["views"]] == [SIZE] * 4
     assert (tmp_path / "story" / "index.html").is_file()
     assert scope["streamer"].segments

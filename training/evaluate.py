@@ -88,7 +88,7 @@ def evaluate(
         `dict` of plain values, rates in [0, 1]. "t2i": `whole_scene` (`all`, by number of objects, by caption),
         `aspects` (of what the captions say), `held_out`. "vqa": `accuracy`, `by_kind`, `describe` (whole description
         exact), `held_out`. "reconstruction": see [`evaluate_vision_tokenizer`]. Episodes: `rates`, the mean of all
-        that the task's checker marks, and `by_kind`.
+        that the task's checker marks, `marked`, in how many episodes it did, and `by_kind`.
     Raises:
         ValueError: if the task is unknown, `num` is not positive, or `processor` is missing.
     """
@@ -196,7 +196,11 @@ class _Evaluation:
                         kinds[episode.kind][name].append(value)
         if self.samples_path is not None and not held_out:
             episode_sheet(played[:_NUM_EPISODES], self.samples_path)
-        return {"rates": _means(rates), "by_kind": {kind: _means(own) for kind, own in sorted(kinds.items())}}
+        return {
+            "rates": _means(rates),
+            "marked": {name: len(values) for name, values in sorted(rates.items())},
+            "by_kind": {kind: _means(own) for kind, own in sorted(kinds.items())},
+        }
 
     def question_answering(self, num: int, held_out: bool) -> dict[str, Any]:
         scenes, rng = self._scenes(num, held_out)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from emu35.generation_configuration_emu35 import Emu35GenerationConfig
+from emu35.generation_configuration_emu35 import RELEASED_TASK_DEFAULTS, Emu35GenerationConfig
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.processing_emu35 import Emu35Processor
 
@@ -25,7 +25,9 @@ def export(
         model ([`Emu35ForConditionalGeneration`]): with its vision tokenizer. Its decoder is converted in place.
         processor ([`Emu35Processor`]): that belongs to it.
         directory (`str` or `os.PathLike`): other files in it (a model card) stay.
-        generation (`dict`, *optional*): fields of [`Emu35GenerationConfig`]; images get the world's size by default.
+        generation (`dict`, *optional*):
+            fields of [`Emu35GenerationConfig`]; by default images have the world's size, and each task has the mode
+            that it has in the release.
         dtype (`torch.dtype`): of the decoder and the output head. The vision tokenizer stays in float32.
     """
     directory = Path(directory)
@@ -35,6 +37,11 @@ def export(
     model.config.dtype = model.config.text_config.dtype = dtype
     layout = processor.token_layout
     settings = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "image_area": IMAGE_SIZE**2} | (generation or {})
+    own = settings.get("task_defaults") or {}
+    settings["task_defaults"] = {
+        task: {"generation_mode": released["generation_mode"], **own.get(task, {})}
+        for task, released in RELEASED_TASK_DEFAULTS.items()
+    }
     model.generation_config = Emu35GenerationConfig(
         pad_token_id=layout.pad_token_id,
         bos_token_id=layout.bos_token_id,

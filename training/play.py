@@ -11,9 +11,6 @@ from emu35.segments_emu35 import Segment
 
 from .shapes import IMAGE_SIZE, Episode, Frame, GlobalThought, ImageThought, Said, Turn, to_image
 
-_MODES = {"x2i": "image", "vqa": "text"}
-"""`generation_mode` of the tasks whose answers are of one kind; the others are interleaved."""
-
 
 def user_message(turn: Turn) -> dict[str, Any]:
     """A turn of the user as a chat message."""
@@ -45,16 +42,14 @@ def play(
 
     Args:
         episodes (`Sequence[Episode]`): of one task; their right answers are not looked at.
-        settings: of `generate`, besides the checkpoint's own for the task.
+        settings: of `generate`, besides the checkpoint's own for the task, which say what may come out.
     Returns:
         for each episode and turn of the user, the segments of the answer.
     """
     task = episodes[0].task
     messages: list[list[dict]] = [[] for _ in episodes]
     answers: list[list[list[Segment]]] = [[] for _ in episodes]
-    config = model.generation_config.with_settings(
-        task, **{"generation_mode": _MODES.get(task, "interleaved"), **settings}
-    )
+    config = model.generation_config.with_settings(task, **settings)
     for number in range(max(len(episode.turns) for episode in episodes) // 2):
         playing = [index for index, episode in enumerate(episodes) if len(episode.turns) > 2 * number]
         for index in playing:

@@ -7,6 +7,7 @@
     caption_image   alignment      BOS caption **image EOS**
     image_caption   alignment      BOS image **description EOS**
     image_answers   alignment      BOS image (question **answer**)... **EOS**
+    images_answers  alignment      BOS image image [image] (question **answer**)... **EOS**
     t2i             instruction    prompt(caption) **image ESS EOS**, or the unconditional prompt
     vqa             instruction    prompt(image, question) **answer ESS EOS**
     describe        instruction    prompt(image, request) **description ESS EOS**
@@ -46,6 +47,7 @@ from .shapes import (
     describe,
     describe_text,
     sample_question,
+    sample_questions_about_images,
     sample_scene,
 )
 
@@ -174,6 +176,16 @@ class SequenceWriter:
         self._add_image(sequence, scene, False)
         self._add_answers(sequence, scene, rng)
 
+    def _images_answers(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
+        scenes, asked = sample_questions_about_images(rng, MAX_ANSWERS)
+        sequence.add(self._start, False)
+        for one in scenes:
+            self._add_image(sequence, one, False)
+        for question, answer in asked:
+            self._add_text(sequence, f" {question}", False)
+            self._add_text(sequence, f" {answer}", True)
+        sequence.add(self._end, True)
+
     def _add_answers(self, sequence: TokenSequence, scene: Scene, rng: np.random.Generator):
         for _ in range(int(rng.integers(MAX_ANSWERS // 2, MAX_ANSWERS + 1))):
             question = sample_question(scene, rng)
@@ -262,6 +274,7 @@ KINDS: dict[str, Callable[[SequenceWriter, TokenSequence, Scene, np.random.Gener
     "caption_image": SequenceWriter._caption_image,
     "image_caption": SequenceWriter._image_caption,
     "image_answers": SequenceWriter._image_answers,
+    "images_answers": SequenceWriter._images_answers,
     "t2i": SequenceWriter._t2i,
     "vqa": SequenceWriter._vqa,
     "describe": SequenceWriter._describe,

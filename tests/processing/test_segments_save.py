@@ -344,3 +344,9 @@ class TestVideo:
             assert all(font.getlength(line.removesuffix(" …")) <= 200 for line in lines)
         assert saving._wrap("one line", font, 200) == ["one line"] and saving._wrap("", font, 200) == []
         assert saving._wrap("a word " * 3, font, font.getlength("a word a")) == ["a word a", "word a", "word"]
+
+
+def test_an_empty_thought_is_saved_too(tmp_path):
+    story = Segments([ImageThought(""), Text("a fox"), GlobalThought([])])
+    page = story.save(tmp_path / "story")
+    assert "a fox" in (page / "story.md").read_text() and "a fox" in (page / "index.html").read_text()

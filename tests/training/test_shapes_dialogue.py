@@ -27,6 +27,7 @@ from emu35.training.shapes.dialogue import (
     describe_change,
     sample_dialogue,
     sample_multi_image_question,
+    sample_questions_about_images,
 )
 from emu35.training.shapes.edits import EditMeaning
 from test_shapes_edits import follow
@@ -288,3 +289,28 @@ def test_wrong_arguments_are_refused():
     for sample in (sample_multi_image_question, sample_dialogue):
         with pytest.raises(ValueError, match=r"`difficulty` must be in \(0, 1\], got 0"):
             sample(rng, difficulty=0)
+
+
+def test_questions_about_the_same_images_have_the_answers_of_single_ones():
+    """Asked again of the same pictures, one at a time, by the rules of the sampler of single questions."""
+    rng = np.random.default_rng(0)
+    kinds = set()
+    for _ in range(150):
+        scenes, asked = sample_questions_about_images(rng, 6)
+        assert len(asked) == 6 and len(scenes) in (2, 3)
+        for text, answer in asked:
+            if text.startswith("what changed"):
+                assert answer == describe_change(*scenes)
+                kinds.add("difference")
+            elif text in ("which image has more objects?", "which image has fewer objects?"):
+                first, second = (len(scene.objects) for scene in scenes)
+                sign = (first > second) - (first < second) if "more" in text else (first < second) - (first > second)
+                assert answer == {1: "first", -1: "second", 0: "the same"}[sign]
+                kinds.add("more")
+            elif text.startswith("which image has") and "background" not in text:
+                phrase = text.removeprefix("which image has ").removesuffix("?")
+                assert [number for number, scene in enumerate(scenes) if matches(scene, phrase)] == [
+                    ORDINALS.index(answer)
+                ]
+                kinds.add("which")
+    assert kinds == {"difference", "more", "which"}

@@ -110,6 +110,7 @@ def test_episodes_have_rates_by_kind_and_a_page_of_samples(checkpoint, tmp_path)
     path = tmp_path / "samples.png"
     result = evaluate(checkpoint, "x2i", num=6, num_held_out=2, samples_path=path, **options)
     assert result["rates"]["whole_scene"] == 0.0 and result["held_out"]["num"] == 2
+    assert result["marked"]["whole_scene"] == 6
     assert {rates["whole_scene"] for rates in result["by_kind"].values()} == {0.0}
     assert Image.open(path).width > 48 * 4 * 2
     assert json.loads(json.dumps(result)) == result

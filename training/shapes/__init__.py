@@ -12,6 +12,7 @@ sample_question(scene, rng)  # Question(text="what color is the small ring?", an
 """
 
 from .checker import ReadObject, ReadScene, read_scene, read_scenes
+from .dialogue import sample_questions_about_images
 from .episode import Episode, GlobalThought, ImageThought, Piece, Said, Turn
 from .episodes import EPISODES, EpisodeTask
 from .language import Caption, caption, describe_text
@@ -84,6 +85,7 @@ __all__ = [
     "relation_holds",
     "render",
     "sample_question",
+    "sample_questions_about_images",
     "sample_scene",
     "score",
     "score_scene",

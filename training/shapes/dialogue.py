@@ -49,6 +49,30 @@ def sample_multi_image_question(
     return Episode("vqa", kind, turns, Question(text, answer, kind))
 
 
+def sample_questions_about_images(
+    rng: np.random.Generator, number: int, held_out: bool | None = False
+) -> tuple[tuple[Scene, ...], list[tuple[str, str]]]:
+    """Two or three pictures (a third of the time one and its edit), and several questions with their answers.
+
+    For training, which learns as much from pictures as it is asked about them.
+    """
+    if rng.random() < 1 / 3:
+        before = sample_scene(rng, held_out=held_out)
+        *_, after = sample_instruction(rng, before, held_out)
+        scenes, asked = (before, after), [_ask_change(before, after, rng)]
+    else:
+        scenes, asked = tuple(sample_scene(rng, held_out=held_out) for _ in range(int(rng.integers(2, 4)))), []
+    while len(asked) < number:
+        kind = choose(rng, ("which", "in", "more"))
+        if kind == "more" and len(scenes) == 2:
+            asked.append(_ask_more(*scenes, rng))
+        elif kind == "which" and (one := _ask_which(scenes, int(rng.integers(len(scenes))), rng)) is not None:
+            asked.append(one)
+        elif kind == "in":
+            asked.append(_ask_in(scenes, rng))
+    return scenes, [asked[index] for index in rng.permutation(number)]
+
+
 def check_multi_image_question(meaning: Question, answers: Sequence[Sequence[Said]]) -> dict[str, bool | float | None]:
     """Mark an answer: `answer` is whether it is the right text and nothing else (thoughts, capitals and white space
     around it do not count)."""
@@ -153,36 +177,51 @@ def _which_image(rng: np.random.Generator, held_out: bool | None, most: int, num
     index = int(rng.integers(number))
     while True:
         scenes = [_scene(rng, held_out, most) for _ in range(number)]
-        others = scenes[:index] + scenes[index + 1 :]
-        background = scenes[index].background
-        if rng.random() < 0.15 and all(scene.background != background for scene in others):
-            return scenes, f"which image has a {background} background?", ORDINALS[index]
-        looks = looks_of(choose(rng, scenes[index].objects))
-        options = [
-            described
-            for count in (1, 2, 3)
-            for aspects in itertools.combinations(("size", "color", "shape"), count)
-            for described in [Described(**{aspect: getattr(looks, aspect) for aspect in aspects})]
-            if not any(fits(o, described) for scene in others for o in scene.objects)
-        ]
-        if options:
-            return scenes, f"which image has {with_article(noun_phrase(choose(rng, options)))}?", ORDINALS[index]
+        if (asked := _ask_which(scenes, index, rng)) is not None:
+            return scenes, *asked
+
+
+def _ask_which(scenes: Sequence[Scene], index: int, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Question and answer about something that only one picture shows; `None` if it shows nothing of its own."""
+    others = [scene for number, scene in enumerate(scenes) if number != index]
+    background = scenes[index].background
+    if rng.random() < 0.15 and all(scene.background != background for scene in others):
+        return f"which image has a {background} background?", ORDINALS[index]
+    looks = looks_of(choose(rng, scenes[index].objects))
+    options = [
+        described
+        for count in (1, 2, 3)
+        for aspects in itertools.combinations(("size", "color", "shape"), count)
+        for described in [Described(**{aspect: getattr(looks, aspect) for aspect in aspects})]
+        if not any(fits(o, described) for scene in others for o in scene.objects)
+    ]
+    if not options:
+        return None
+    return f"which image has {with_article(noun_phrase(choose(rng, options)))}?", ORDINALS[index]
 
 
 def _in_image(rng: np.random.Generator, held_out: bool | None, most: int, number: int):
     """Any question about one picture, asked of one of several."""
     scenes = [_scene(rng, held_out, most) for _ in range(number)]
-    index = int(rng.integers(number))
+    return scenes, *_ask_in(scenes, rng)
+
+
+def _ask_in(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str]:
+    index = int(rng.integers(len(scenes)))
     question = sample_question(scenes[index], rng)
-    return scenes, f"{question.text.removesuffix('?')} in the {ORDINALS[index]} image?", question.answer
+    return f"{question.text.removesuffix('?')} in the {ORDINALS[index]} image?", question.answer
 
 
 def _difference(rng: np.random.Generator, held_out: bool | None, most: int, number: int):
     """Two pictures, the second an edit of the first."""
     before = _scene(rng, held_out, most)
     *_, after = sample_instruction(rng, before, held_out)
+    return (before, after), *_ask_change(before, after, rng)
+
+
+def _ask_change(before: Scene, after: Scene, rng: np.random.Generator) -> tuple[str, str]:
     text = choose(rng, ("what changed?", "what changed in the second image?"))
-    return (before, after), text, describe_change(before, after)
+    return text, describe_change(before, after)
 
 
 def _more(rng: np.random.Generator, held_out: bool | None, most: int, number: int):
@@ -196,6 +235,13 @@ def _more(rng: np.random.Generator, held_out: bool | None, most: int, number: in
     else:
         numbers = [fewer, more] if (answer == "second") == (word == "more") else [more, fewer]
     return [sample_scene(rng, n, held_out) for n in numbers], f"which image has {word} objects?", answer
+
+
+def _ask_more(first: Scene, second: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    word, numbers = choose(rng, ("more", "fewer")), (len(first.objects), len(second.objects))
+    if numbers[0] == numbers[1]:
+        return f"which image has {word} objects?", "the same"
+    return f"which image has {word} objects?", ORDINALS[(numbers[0] < numbers[1]) == (word == "more")]
 
 
 _ASK = {"which_image": _which_image, "in_image": _in_image, "difference": _difference, "more": _more}
