@@ -17,6 +17,11 @@ from typing import Any
 
 _STARTED = time.perf_counter()
 
+# Those of `training.evaluate`, which is too heavy to import before it is wanted; a test holds them together.
+_EVAL_TASKS = (
+    "t2i", "vqa", "reconstruction", "x2i", "story", "howto", "explore", "vla", "multi_vqa", "chat",
+)  # fmt: skip
+_EVAL_WITHOUT_IMAGES = ("vqa", "multi_vqa", "reconstruction")
 EPILOG = "Set EMU35_DEBUG=1, or pass --debug, to see where an error comes from."
 
 
@@ -216,10 +221,10 @@ def _add_eval(add):
         "measure a model on scenes that training never showed",
         "emu35 eval --task t2i --num 500 --seed 0 --output results.json",
     )
+    command.add_argument("--task", choices=_EVAL_TASKS, default="t2i", help="default: %(default)s")
     command.add_argument(
-        "--task", choices=("t2i", "vqa", "reconstruction"), default="t2i", help="default: %(default)s"
+        "--num", type=_positive, default=600, metavar="N", help="scenes or episodes (default: %(default)s)"
     )
-    command.add_argument("--num", type=_positive, default=600, metavar="N", help="scenes (default: %(default)s)")
     command.add_argument(
         "--num-held-out",
         type=_positive,
@@ -234,7 +239,7 @@ def _add_eval(add):
         "--sweep", type=_sweep, metavar="NAME=V,V,...", help="t2i at several values, like guidance_scale=1,1.5,2,3"
     )
     command.add_argument("--plot", metavar="FILE", help="draw what --sweep measures (needs matplotlib)")
-    command.add_argument("--samples", metavar="FILE", help="t2i: write a PNG of the first images and their sentences")
+    command.add_argument("--samples", metavar="FILE", help="write a PNG of the first images or episodes")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
     _add_model_options(command)
 
@@ -409,14 +414,15 @@ def _story(args: argparse.Namespace):
         _write(path, lambda temporary: picture.save(temporary))
         return path
 
-    def answer() -> Emu35Streamer:
+    def answer(cache: Any) -> Emu35Streamer:
         """Shows the next answer while it comes, and keeps what there is of it even if that ends early."""
         inputs = processor.apply_chat_template(messages, task=args.task, return_tensors="pt").to(model.device)
         streamer = Emu35Streamer(processor)
         display = StoryDisplay(save_image, num_images=len(list(iter_images(story))))
         options = {"task": args.task, "generation_mode": "interleaved", "generator": generator, **settings}
+        caches = {"past_key_values": cache, "return_past_key_values": args.interactive}
         try:
-            with display, streamer.run(model, **inputs, **options) as events:
+            with display, streamer.run(model, **inputs, **options, **caches) as events:
                 for number, event in enumerate(events):
                     if number == 0 and not story and not isinstance(event, End):
                         save(story)  # clears the folder, or refuses it while little is lost
@@ -427,16 +433,17 @@ def _story(args: argparse.Namespace):
             story.extend(streamer.segments)
         return streamer
 
+    cache = None
     try:
         while True:
-            streamer = answer()
+            streamer = answer(cache)
             instruction = _read_instruction() if args.interactive else ""
             if not instruction:
                 break
             segments, output = streamer.segments, streamer.output
-            said = output.sequences[0, output.answer_start[0] :]
+            said, cache = output.sequences[0, output.answer_start[0] :], output.past_key_values
             if not all(image.complete for image in iter_images(segments)):
-                said = [one for one in segments if one.kind != "image" or one.complete]
+                said, cache = [one for one in segments if one.kind != "image" or one.complete], None
             messages += [{"role": "assistant", "content": said}, {"role": "user", "content": instruction}]
             story.append(Text(f"\n\n> {instruction}\n\n"))
     finally:
@@ -484,11 +491,14 @@ def _eval(args: argparse.Namespace):
     samples = None if args.samples is None else _image_path(args.samples, "--samples")
     if plot is not None and args.sweep is None:
         raise ValueError("--plot draws what --sweep measures. Give both.")
-    if samples is not None and (args.sweep is not None or args.task != "t2i"):
-        raise ValueError("--samples shows the images of --task t2i without --sweep.")
-    about_images = _settings(args, "guidance_scale", "image_top_k", "image_top_p", "sweep")
-    if about_images and args.task != "t2i":
-        raise ValueError(f"--{next(iter(about_images)).replace('_', '-')} is about making images: use --task t2i.")
+    if args.sweep is not None and args.task != "t2i":
+        raise ValueError("--sweep is for --task t2i.")
+    if samples is not None and args.sweep is not None:
+        raise ValueError("--samples shows the images of one setting: leave out --sweep.")
+    about_images = _settings(args, "guidance_scale", "image_top_k", "image_top_p", "samples")
+    if about_images and args.task in _EVAL_WITHOUT_IMAGES:
+        name = next(iter(about_images)).replace("_", "-")
+        raise ValueError(f"--{name} is about making images, which --task {args.task} does not.")
     settings = _settings(args, "guidance_scale", "image_top_k", "image_top_p")
     model, processor = _load(args)
     from emu35.training.evaluate import evaluate, sweep

@@ -332,6 +332,12 @@ def hears_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+def test_every_task_of_the_evaluation_can_be_chosen():
+    from emu35.training.evaluate import TASKS
+
+    assert cli._EVAL_TASKS == TASKS
+
+
 def test_ctrl_c_keeps_what_is_finished(run, told, hears_ctrl_c):
     told(["a fox", PICTURE, " and ", PICTURE], interrupt_at=24)
     status, out, err = run("story", PROMPT, "-o", "out")

@@ -94,7 +94,7 @@ def evaluate(
     """
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
-    if samples_path is not None and task in ("vqa", "reconstruction"):
+    if samples_path is not None and task in (*_TEXT_TASKS, "reconstruction"):
         raise ValueError(f"`samples_path` shows images that were made, which `task`={task!r} does not. Leave it out.")
     if num < 1 or batch_size < 1:
         raise ValueError(f"`num` and `batch_size` must be positive, got {num} and {batch_size}.")
