@@ -283,6 +283,13 @@ class FakeWriter:
         self.frames.append(frame)
 
 
+@pytest.fixture(autouse=True)
+def without_imageio(request, monkeypatch):
+    """Whether it is installed or not, only tests about videos write any."""
+    if request.cls is not TestVideo:
+        monkeypatch.setitem(sys.modules, "imageio", None)
+
+
 @pytest.fixture
 def imageio(monkeypatch):
     """A stand-in for imageio: `fail`, and the `writers` that were asked for."""
@@ -324,6 +331,19 @@ class TestVideo:
         assert red[201, 235].tolist() == [255, 0, 0] and blue[201, 235].tolist() == [0, 0, 255]
         assert (red[402:] == 255).any() and not (blue[402:] == 255).any() and (end[402:] == 255).any()
         assert np.array_equal(end[:402], blue[:402])
+
+    def test_a_real_video(self, tmp_path):
+        reader = pytest.importorskip("imageio.v2", reason="needs pip install imageio imageio-ffmpeg")
+        pytest.importorskip("imageio_ffmpeg")
+        pictures = [PIL.Image.new("RGB", (48, 48), color) for color in ("red", "blue")]
+        codes = torch.zeros(6, 6, dtype=torch.long)
+        story = Segments([part for one in pictures for part in (Text("a fox"), Image(codes, one))])
+        path = story.save(tmp_path / "story") / "story.mp4"
+        with reader.get_reader(path) as video:
+            frames = [np.asarray(frame) for frame in video]
+        assert frames[0].shape[0] % 2 == frames[0].shape[1] % 2 == 0
+        first, last = (frame[: frame.shape[1]].mean((0, 1)) for frame in (frames[0], frames[-1]))
+        assert first.argmax() == 0 and last.argmax() == 2  # red, then blue, through a lossy codec
 
     def test_no_images(self, tmp_path, imageio, caplog):
         with caplog.at_level(logging.INFO, logger="emu35"):
