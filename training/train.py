@@ -3,7 +3,7 @@
     visual vocabulary ──► single-modality pre-training ──► alignment ──► instruction tuning ──► export
     (vision_tokenizer)    └────────────── language_model, one run ──────────────────────┘
 
-    emu35 train training/recipes/tiny.yaml      # about two hours on 2 CPU cores
+    emu35 train training/recipes/tiny.yaml      # about four hours on 2 CPU cores
 
 Interrupt it whenever you like, even with `kill -9`; the same command goes on where it was.
 """
