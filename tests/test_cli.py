@@ -469,7 +469,7 @@ def test_mistakes_are_told_in_one_line(run, arguments, expected):
         (("generate", PROMPT, "--guidance-scale", "strong"), "--guidance-scale"),
         (("generate", PROMPT, "--task", "t2v"), "t2v"),
         (("generate", PROMPT, "--load-in", "2bit"), "2bit"),
-        (("eval", "--task", "story"), "story"),
+        (("eval", "--task", "tale"), "tale"),
         (("story", PROMPT, "--task", "t2i"), "t2i"),
         (("story", PROMPT, "--max-images", "0"), "--max-images"),
         (("eval", "--sweep", "guidance_scale"), "--sweep"),
