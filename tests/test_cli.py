@@ -255,7 +255,8 @@ def told(tiny_processor, tiny_layout, monkeypatch):
                 streamer.put(torch.tensor([token_id]))
             streamer.end()
             sequences = torch.cat([input_ids, torch.tensor([ids])], dim=1)
-            return emu35.Emu35GenerateOutput(sequences, torch.tensor([input_ids.shape[1]]))
+            cache = f"cache {len(calls)}"  # is only passed on
+            return emu35.Emu35GenerateOutput(sequences, torch.tensor([input_ids.shape[1]]), past_key_values=cache)
 
         monkeypatch.setattr(Emu35ForConditionalGeneration, "generate", generate)
         return calls
@@ -301,6 +302,7 @@ def test_a_story_goes_on_with_each_line(task, run, told, picture, monkeypatch, t
         f"out/image-0{number}.png: 12 x 8 pixels" for number in (1, 2, 3)
     ]
     assert len(calls) == 3 and {call["task"] for call in calls} == {task}
+    assert [call["past_key_values"] for call in calls] == [None, "cache 1", "cache 2"]
     processor = Emu35Processor.from_pretrained(cli_tools_emu35.TINY)
     for before, after in itertools.pairwise(calls):
         assert after["input_ids"][: len(before["input_ids"])] == before["input_ids"]
@@ -322,6 +324,7 @@ def test_an_incomplete_image_is_told_and_left_out_of_what_follows(run, told, mon
     assert out.splitlines()[:4] == ["a fox", out.splitlines()[1], "2 ends", "yes"]
     assert out.splitlines()[1].startswith("image 1 is incomplete: not closed; its size")
     assert tiny_layout.boi_token_id not in calls[1]["input_ids"]
+    assert calls[1]["past_key_values"] is None  # the cache has the image that the prompt has not
 
 
 @pytest.fixture
