@@ -1,7 +1,8 @@
 """Pictures of the world as visual codes, without the vision tokenizer where it can be done without.
 
 A vision tokenizer that has learnt the world well gives a cell the same codes wherever it stands. Then a table of all
-cells replaces the encoder, which takes a fifth of a training step. Whether it may is measured.
+cells replaces the encoder, which takes 30 ms for the 60 pictures of a batch (one core; a step takes 700). Whether it
+may is measured.
 """
 
 import itertools

@@ -118,7 +118,7 @@ class SequenceWriter:
         return sequence
 
     def mean_length(self, kind: str) -> float:
-        """Tokens of a sequence of a kind, on average (estimated once)."""
+        """Tokens of a sequence of a kind, on average; estimated once, at full difficulty."""
         if kind not in self._mean_lengths:
             rng = np.random.default_rng(0)
             self._mean_lengths[kind] = float(np.mean([len(self.draw(kind, rng)) for _ in range(100)]))
