@@ -1,5 +1,6 @@
 """Sequences and batches: same prompts as at inference, only answers are learnt, packing changes nothing."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -24,7 +25,7 @@ from emu35.training.shapes import (
     to_image,
 )
 from emu35.training.train import build_processor
-from emu35.training.train_language_model import build_model
+from emu35.training.train_language_model import LanguageModelTrainer, build_model
 
 VISION = {
     "codebook_size": 32,
@@ -283,3 +284,35 @@ def test_text_vocabulary_has_whole_words(processor):
     texts = [f" {caption(sample_scene(rng), rng).text}" for _ in range(100)]
     words = sum(len(text.replace(",", " ,").split()) for text in texts)
     assert sum(len(processor.tokenizer.encode(text)) for text in texts) < 1.05 * words
+
+
+def test_a_stage_may_weigh_pictures_otherwise(recipe, processor, vision_tokenizer):
+    trainer = LanguageModelTrainer(dataclasses.replace(recipe, compile=False, bf16=False), processor, vision_tokenizer)
+    batch = trainer.source.batch(0, recipe.stages[0])
+    layout = processor.token_layout
+    num_visual = int((batch.labels >= layout.visual_token_offset).sum())
+    num_text = int((batch.labels != IGNORED).sum()) - num_visual
+    losses = {}
+    with torch.no_grad():
+        for weight in (0.25, 4.0):
+            found = trainer.losses(batch, weight)
+            losses[weight] = found["loss"]
+            mean = (weight * num_visual * found["visual"] + num_text * found["text"]) / (
+                weight * num_visual + num_text
+            )
+            torch.testing.assert_close(found["loss"], mean)
+    assert abs(losses[0.25] - losses[4.0]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"balance": "tasks"}, '`balance` must be "sequences" or "tokens", got \'tasks\''),
+        ({"difficulty": [0.0, 1.0]}, r"`difficulty` must be two values in \(0, 1\]"),
+        ({"difficulty": [0.5]}, "`difficulty` must be two values"),
+        ({"visual_loss_weight": 0.0}, "`visual_loss_weight` must be positive"),
+    ],
+)
+def test_settings_of_a_stage_are_checked(setting, message):
+    with pytest.raises(ValueError, match=message):
+        StageRecipe("a", 1, {"story": 1.0}, row_length=512, **setting)
