@@ -59,6 +59,11 @@ class TokenStream:
         return len(self.cached_mask)
 
     @property
+    def num_pending(self) -> int:
+        """Columns that the next pass computes."""
+        return sum(ids.shape[1] for ids, _ in self.pending)
+
+    @property
     def device(self) -> torch.device:
         return self.cached_mask.device
 
@@ -81,6 +86,10 @@ class TokenStream:
             `torch.Tensor` of shape `(rows, hidden_size)`: final hidden state at the last column. Meaningless for rows
             whose last column is masked.
         """
+        return self.compute()[:, -1]
+
+    def compute(self) -> torch.Tensor:
+        """The same, but returns all of the new columns `(rows, columns, hidden_size)`, masked ones included."""
         ids, new_mask = self._pending()
         mask = torch.cat([self.cached_mask, new_mask], dim=1)
         counts = self.lengths[:, None] + new_mask.cumsum(-1)
@@ -93,7 +102,7 @@ class TokenStream:
             position_ids=counts - new_mask.long(),
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
+        ).last_hidden_state
         self.pending, self.cached_mask, self.lengths = [], mask, counts[:, -1]
         self.num_passes += 1
         return hidden_states
@@ -117,6 +126,27 @@ class TokenStream:
         self.cached_mask = mask
         self.lengths = mask.sum(-1)
         self.has_holes |= not bool(mask.all())
+
+    def truncate(self, lengths: torch.LongTensor):
+        """Keeps the first `lengths` `(rows,)` cached tokens of each row.
+
+        The others' columns are masked. Those at the end that no row keeps are dropped, and when too many masked ones
+        have come together, the tokens of every row move to the right end.
+        """
+        mask = self.cached_mask & (self.cached_mask.cumsum(-1) <= lengths[:, None])
+        columns = torch.arange(1, self.num_cached + 1, device=self.device)
+        last, longest = torch.stack([(mask * columns).amax(), mask.sum(-1).amax()]).tolist()
+        if last < self.num_cached:
+            self.cache.crop(last - self.num_cached)
+            mask = mask[:, :last]
+        if last - longest > max(32, longest // 4):
+            order = mask.long().argsort(dim=-1, stable=True)[:, last - longest :]
+            for layer in self.cache.layers:
+                at = order.to(layer.keys.device)[:, None, :, None].expand(-1, *layer.keys.shape[1:2], -1, 1)
+                layer.keys = layer.keys.gather(2, at.expand(-1, -1, -1, layer.keys.shape[-1]))
+                layer.values = layer.values.gather(2, at.expand(-1, -1, -1, layer.values.shape[-1]))
+            mask = mask.gather(1, order)
+        self._set_cached_mask(mask)
 
     @classmethod
     def stack(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
@@ -248,6 +278,30 @@ class GenerationCache:
 
 
 @dataclass
+class ImageStatistics:
+    """What one image took.
+
+    Attributes:
+        num_passes (`int`): passes through the decoder until its last code was settled.
+        num_drafted (`int`): codes that were guessed before such a pass, all passes together.
+        accepted_at (`tuple[int, ...]`): how often the first, the second, ... guess of a pass was accepted.
+    """
+
+    num_passes: int
+    num_drafted: int = 0
+    accepted_at: tuple[int, ...] = ()
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted_at)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the guesses that was accepted; `None` without any."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else None
+
+
+@dataclass
 class ImageRequest:
     """One grid to fill for each row of a batch.
 
@@ -259,10 +313,14 @@ class ImageRequest:
         sampler (`Sampler`), guidance_scale, image_guidance_scale: how a visual token is chosen.
         generator: one for the batch or one a row.
         max_codes (`int`, *optional*): stop after that many codes of the grid.
+        speculative_window, coupling: see [`decode_speculative`].
         on_codes (`Callable`, *optional*):
             called with the `(batch,)` codes of one position, in order, from position `num_cached` on, as they come.
         should_stop (`Callable`, *optional*):
             asked after every pass and after every call of `on_codes`; `True`: return with the codes there are.
+
+    Attributes:
+        statistics (`list[ImageStatistics]`): one for each row, which the decoder fills in.
     """
 
     token_height: int
@@ -274,8 +332,11 @@ class ImageRequest:
     image_guidance_scale: float | None = None
     generator: Generators = None
     max_codes: int | None = None
+    speculative_window: int | None = None
+    coupling: str = "gumbel"
     on_codes: Callable[[torch.LongTensor], None] | None = field(default=None, repr=False)
     should_stop: Callable[[], bool] | None = field(default=None, repr=False)
+    statistics: list[ImageStatistics] = field(default_factory=list, init=False)
 
     def generators_at(self, index: int) -> Generators:
         """Generators for the draw of code `index`: none for rows that have this code, in whatever batch."""
@@ -326,6 +387,7 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
             request.on_codes(codes)
         if request.should_stop is not None and request.should_stop():
             break
+    request.statistics = [ImageStatistics(stream.num_passes)] * batch
     check_scores(damaged)  # once: asking at every step would keep the device waiting
     return torch.cat(columns, dim=1)
 

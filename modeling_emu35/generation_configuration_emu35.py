@@ -10,10 +10,11 @@ import PIL.Image
 import torch
 from transformers.generation import GenerationConfig
 
-from .decoding_emu35 import GenerationCache
+from .decoding_emu35 import GenerationCache, ImageStatistics
 from .prompts_emu35 import get_template
 
 GENERATION_MODES = ("text", "image", "interleaved")
+COUPLINGS = ("none", "maximal", "gumbel")
 
 _INTERLEAVED = {"generation_mode": "interleaved", "image_top_k": 10240, "image_area": 720 * 720}
 #: What the release uses for each task where it differs from the values of `RELEASED_DEFAULTS` (its example
@@ -51,6 +52,8 @@ _OWN: dict[str, Any] = {
     "image_top_p": None,
     "image_temperature": None,
     "image_decoder": "ar",
+    "speculative_window": None,
+    "coupling": "gumbel",
     "height": None,
     "width": None,
     "aspect_ratio": None,
@@ -94,7 +97,12 @@ class Emu35GenerationConfig(GenerationConfig):
             without text and images.
         image_top_k (`int`), image_top_p (`float`), image_temperature (`float`):
             sampling of visual tokens. `None`: off.
-        image_decoder (`str`): which decoder turns a prefix into codes, see `IMAGE_DECODERS`.
+        image_decoder (`str`): which decoder turns a prefix into codes, see `IMAGE_DECODERS`: "ar" makes one code a
+            pass; "speculative" several, from the same distribution.
+        speculative_window (`int`, *optional*): codes that "speculative" guesses before every pass. Default: 16, or
+            all of a smaller image.
+        coupling (`str`): what "speculative" makes of a guess that is not settled yet: "none" draws another, "maximal"
+            and "gumbel" keep it where they can.
         height, width (`int`): pixels of the images to make.
         aspect_ratio (`str`): "16:9" and the like (width to height, of about `image_area` pixels), "auto" (the model
             writes the size itself), or "reference" (the size of the prompt's last image). Default: "reference" where
@@ -131,6 +139,8 @@ class Emu35GenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"`{name}` must be at least 0 (1 means no guidance), got {value}.")
+        if self.coupling not in COUPLINGS:
+            raise ValueError(f"`coupling` must be one of {COUPLINGS}, got {self.coupling!r}.")
         for name in ("temperature", "image_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -145,7 +155,7 @@ class Emu35GenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"`{name}` must lie in (0, 1], got {value}.")
-        for name in ("max_images", "image_area", "num_return_sequences", "max_new_tokens"):
+        for name in ("max_images", "image_area", "num_return_sequences", "max_new_tokens", "speculative_window"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
@@ -215,6 +225,8 @@ class Emu35GenerateOutput:
             where each answer begins in `sequences`; where the prompt ended inside an image, that image's BOI.
         images (`list[list[PIL.Image.Image]]`): complete images of each answer; `None` without a vision tokenizer.
         num_forward_passes (`int`): passes through the decoder (each serves all rows and guidance streams of a batch).
+        image_statistics (`list[list[ImageStatistics]]`):
+            what each image begun in an answer took; `num_passes`, and the `acceptance` of guessed codes.
         attention_mask (`torch.LongTensor` of shape `(batch, length)`): 1 on the tokens of prompts and answers.
         finished (`torch.BoolTensor` of shape `(batch,)`):
             whether an answer came to its own end (EOS; in image mode the image's end), not to a limit or a stop.
@@ -226,6 +238,7 @@ class Emu35GenerateOutput:
     answer_start: torch.LongTensor | None = None
     images: list[list[PIL.Image.Image]] | None = None
     num_forward_passes: int | None = None
+    image_statistics: list[list[ImageStatistics]] | None = None
     attention_mask: torch.LongTensor | None = None
     finished: torch.BoolTensor | None = None
     past_key_values: GenerationCache | None = field(default=None, repr=False)

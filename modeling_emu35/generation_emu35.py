@@ -34,9 +34,12 @@ from .image_tokens_emu35 import (
     unfinished_image,
 )
 from .sampling_emu35 import Generators
+from .speculative_emu35 import decode_speculative
 from .segments_emu35 import pixels_to_pil
 
 logger = logging.getLogger(__name__)
+
+IMAGE_DECODERS["speculative"] = decode_speculative
 
 
 class Emu35GenerationMixin(GenerationMixin):
@@ -247,6 +250,7 @@ class Emu35GenerationMixin(GenerationMixin):
             answer_start=torch.tensor(starts, device=input_ids.device),
             images=self._decode_answers(sequences, starts),
             num_forward_passes=loop.num_passes,
+            image_statistics=[row.statistics for row in rows],
             attention_mask=kept,
             finished=torch.tensor([row.finished for row in rows], device=input_ids.device),
             past_key_values=loop.cache() if return_past_key_values else None,

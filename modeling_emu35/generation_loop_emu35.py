@@ -24,6 +24,7 @@ from .decoding_emu35 import (
     CachedPrefix,
     GenerationCache,
     ImageRequest,
+    ImageStatistics,
     TokenStream,
     execution_device,
 )
@@ -71,6 +72,7 @@ class GenerationRow:
         size_ids (`list[int]` or `None`): what stands between BOI and now, while the size is written; else `None`.
         prompt_body (`list[int]`): what the prompt holds of its unfinished image, after IMG.
         num_images (`int`): images begun in the answer.
+        statistics (`list[ImageStatistics]`): of the images that were made.
         finished (`bool`): whether the answer came to its own end.
         done (`bool`): whether nothing more follows, for whatever reason.
     """
@@ -88,6 +90,7 @@ class GenerationRow:
     size_ids: list[int] | None = None
     prompt_body: list[int] = field(default_factory=list)
     num_images: int = 0
+    statistics: list[ImageStatistics] = field(default_factory=list)
     finished: bool = False
     done: bool = False
 
@@ -393,6 +396,8 @@ class GenerationLoop:
             image_guidance_scale=config.image_guidance_scale,
             generator=self._generators(indices),
             max_codes=min(height * width, max(lines * width + rest for lines, rest in room)),
+            speculative_window=config.speculative_window,
+            coupling=config.coupling,
             on_codes=follow,
             should_stop=None if follow is None else lambda: all(row.done for row in rows),
         )
@@ -405,6 +410,7 @@ class GenerationLoop:
             own.ids[lengths[place] :] = bodies[place % len(rows)]
             own.num_taken = len(own.ids)
         for place, row in enumerate(rows):
+            row.statistics += request.statistics[place : place + 1]
             if follow is None:
                 self._put(row, bodies[place][len(row.prompt_body) :])
             row.size_ids, row.prompt_body, row.known_codes = None, [], []

@@ -27,9 +27,9 @@ class Sampler:
         """The distribution that is sampled from.
 
         Args:
-            logits (`torch.Tensor` of shape `(batch, n)`).
+            logits (`torch.Tensor` of shape `(..., n)`).
         Returns:
-            probabilities `(batch, k)`, and their columns `(batch, k)` in `logits` (`None`: all, in order).
+            probabilities `(..., k)`, and their columns `(..., k)` in `logits` (`None`: all, in order).
         """
         values, columns = logits.float(), None
         if self.temperature is not None:
@@ -45,6 +45,19 @@ class Sampler:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities, columns
 
+    @property
+    def is_greedy(self) -> bool:
+        return not self.do_sample or self.top_k == 1
+
+    def distribution(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is sampled from, over all columns of `logits` `(..., n)`: the same shape. Greedy: one column has it all."""
+        if self.is_greedy:
+            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        probabilities, columns = self.probabilities(logits)
+        if columns is None:
+            return probabilities
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, columns, probabilities)
+
     def __call__(self, logits: torch.Tensor, generator: Generators = None) -> torch.LongTensor:
         """Draws one column a row.
 
@@ -54,34 +67,34 @@ class Sampler:
         Returns:
             `torch.LongTensor` of shape `(batch,)`.
         """
-        if not self.do_sample or self.top_k == 1:
+        if self.is_greedy:
             return logits.argmax(-1)
         probabilities, columns = self.probabilities(logits)
         choice = draw(probabilities, uniform(len(logits), generator, logits.device))
         return choice if columns is None else columns.gather(-1, choice[:, None])[:, 0]
 
 
-def uniform(batch: int, generator: Generators, device: torch.device) -> torch.Tensor:
-    """`(batch,)` numbers in [0, 1), drawn where the generator lives."""
+def uniform(batch: int, generator: Generators, device: torch.device, shape: Sequence[int] = ()) -> torch.Tensor:
+    """`(batch, *shape)` numbers in [0, 1), drawn where the generator lives."""
     if isinstance(generator, Sequence):
-        numbers = [torch.zeros(1) if one is None else uniform(1, one, device) for one in generator]
+        numbers = [torch.zeros(1, *shape) if one is None else uniform(1, one, device, shape) for one in generator]
         return torch.cat([number.to(device) for number in numbers])
     where = device if generator is None else generator.device
-    return torch.rand(batch, generator=generator, device=where, dtype=torch.float32).to(device)
+    return torch.rand((batch, *shape), generator=generator, device=where, dtype=torch.float32).to(device)
 
 
 def draw(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.LongTensor:
     """Inverse of the cumulative distribution.  A column of probability 0 is never chosen.
 
     Args:
-        probabilities (`torch.Tensor` of shape `(batch, n)`): need not sum to exactly 1.
-        numbers (`torch.Tensor` of shape `(batch,)`): in [0, 1).
+        probabilities (`torch.Tensor` of shape `(..., n)`): need not sum to exactly 1.
+        numbers (`torch.Tensor` of shape `(...)`): in [0, 1).
     """
     # float32 sums over 131,072 columns would be off by more than a rare token's probability.
     dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64
     cumulative = probabilities.to(dtype).cumsum(-1)
-    targets = numbers.to(dtype)[:, None] * cumulative[:, -1:]
-    choice = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    targets = numbers.to(dtype)[..., None] * cumulative[..., -1:]
+    choice = torch.searchsorted(cumulative, targets, right=True)[..., 0]
     return choice.clamp(max=probabilities.shape[-1] - 1)
 
 
