@@ -34,8 +34,8 @@ from .image_tokens_emu35 import (
     unfinished_image,
 )
 from .sampling_emu35 import Generators
-from .speculative_emu35 import decode_speculative
 from .segments_emu35 import pixels_to_pil
+from .speculative_emu35 import decode_speculative
 
 logger = logging.getLogger(__name__)
 

@@ -50,7 +50,7 @@ class Sampler:
         return not self.do_sample or self.top_k == 1
 
     def distribution(self, logits: torch.Tensor) -> torch.Tensor:
-        """What is sampled from, over all columns of `logits` `(..., n)`: the same shape. Greedy: one column has it all."""
+        """The same over all columns: `(..., n)`, like `logits`. Greedy: one column has it all."""
         if self.is_greedy:
             return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         probabilities, columns = self.probabilities(logits)

@@ -10,7 +10,7 @@ guessed codes $x_i$, and for each the whole distribution $q_i$ it was drawn from
        code above.
 
 Why that is exact: given all that happens at the places before it, a guess is distributed as its $q_i$ in every pass,
-whatever it was before; so acceptance and redraw make it one of $p_i$. In step 3 it may therefore depend on what it was:
+whatever it was before; so acceptance and redraw make it one of $p_i$. In step 3 it may thus depend on what it was:
 
     none     drawn anew
     maximal  kept with probability $\min(1, p_i(x_i) / q_i(x_i))$, else from the positive part of $p_i - q_i$
@@ -107,14 +107,14 @@ class _Speculation:
     def run(self) -> torch.LongTensor:
         request, stream, device = self.request, self.stream, self.canvas.device
         ranks = torch.arange(self.window + 1, device=device)
+        # At first there are no guesses: all are copies.
+        index = self._index()
+        self._fill(index, (ranks < self.window).expand_as(index))
+        if self.noise is not None:
+            self._renew_noise(index < self.stop)
         passes, drafted = torch.zeros_like(self.settled), torch.zeros_like(self.settled)
         accepted_at = torch.zeros(self.batch, self.window + 1, dtype=torch.long, device=device)
         damaged = torch.zeros(self.batch, dtype=torch.bool, device=device)
-        # At first there are no guesses: all are copies.
-        index = self._index()
-        self._fill(index, torch.arange(self.window + 1, device=device).expand(self.batch, -1) < self.window)
-        if self.noise is not None:
-            self._renew_noise(index < self.stop)
         emitted = request.num_cached
         stopped = False
         while not stopped and bool((active := self.settled < self.num_free).any()):
@@ -221,9 +221,8 @@ class _Speculation:
         above = torch.where(index >= self.width, index - self.width, (index - 1).clamp(min=0))
         guesses = self.canvas.gather(1, above)
         self.canvas.scatter_(1, torch.where(fresh, index, self.stop), guesses)
-        certain = F.one_hot(guesses, self.layout.num_visual_tokens).to(self.drafts)
-        drafts = self.drafts[:, : index.shape[1]]
-        drafts.copy_(torch.where(fresh[..., None], certain, drafts))
+        drafts = self.drafts[:, : index.shape[1]].masked_fill_(fresh[..., None], 0.0)
+        drafts.scatter_add_(-1, guesses[..., None], fresh[..., None].to(drafts))
 
     def _renew_noise(self, fresh: torch.BoolTensor):
         for rows, generator in self._groups():
