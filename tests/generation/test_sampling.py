@@ -28,6 +28,8 @@ def assert_drawn_from(draws, probabilities):
         (Sampler(), [0.4, 0.3, 0.2, 0.1]),
         (Sampler(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
         (Sampler(top_k=2), [4 / 7, 3 / 7, 0, 0]),
+        (Sampler(top_k=1, temperature=9.0), [1, 0, 0, 0]),
+        (Sampler(do_sample=False), [1, 0, 0, 0]),
         (Sampler(top_k=0), [0.4, 0.3, 0.2, 0.1]),
         (Sampler(top_k=100, top_p=1.0), [0.4, 0.3, 0.2, 0.1]),
         (Sampler(top_p=0.6), [4 / 7, 3 / 7, 0, 0]),  # 0.4 is not enough, 0.4 + 0.3 is
@@ -40,10 +42,7 @@ def assert_drawn_from(draws, probabilities):
 def test_distribution(sampler, expected, order):
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1])[order].log() + 7.0
     expected = torch.tensor(expected, dtype=torch.float64)[order]
-    probabilities, columns = sampler.probabilities(logits[None])
-    full = torch.zeros(1, 4)
-    full = probabilities if columns is None else full.scatter(1, columns, probabilities)
-    torch.testing.assert_close(full[0].double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sampler.distribution(logits).double(), expected, atol=1e-6, rtol=0)
     draws = sampler(logits.expand(NUM_DRAWS, 4), torch.Generator().manual_seed(0))
     if expected.max() < 1:
         assert_drawn_from(draws, expected)
