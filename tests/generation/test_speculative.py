@@ -102,7 +102,7 @@ def sample(
         sampler=sampler,
         guidance_scale=guidance_scale,
         image_guidance_scale=image_guidance_scale,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(seed),
         **settings,
     )
     codes = IMAGE_DECODERS[decoder](TokenStream(model, *pad_left(rows, "cpu")), request)
@@ -125,24 +125,24 @@ CASES = {
 }  # fmt: skip
 
 
-def check(small_model, case, coupling, window, count):
-    exact = exact_distribution(small_model, **CASES[case])
-    samples = sample(small_model, count, **CASES[case], coupling=coupling, speculative_window=window)
-    assert is_drawn_from(samples, exact)
+def check(small_model, case, coupling, window, num_batches=1):
+    settings = {**CASES[case], "coupling": coupling, "speculative_window": window}
+    samples = [sample(small_model, 10_000, **settings, seed=seed) for seed in range(num_batches)]
+    assert is_drawn_from(torch.cat(samples), exact_distribution(small_model, **CASES[case]))
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize(("case", "window"), [("plain", 3), ("guidance", 6), ("top-k", 4), ("given", 2)])
 def test_distribution_is_exact(small_model, case, window, coupling):
-    check(small_model, case, coupling, window, 10_000)
+    check(small_model, case, coupling, window)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("window", [1, 2, 4, 6])
+@pytest.mark.parametrize("window", [2, 6])
 def test_distribution_is_exact_in_many_samples(small_model, case, window, coupling):
-    check(small_model, case, coupling, window, 100_000)
+    check(small_model, case, coupling, window, num_batches=10)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
