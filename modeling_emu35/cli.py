@@ -142,6 +142,9 @@ def _add_generate(add):
     command.add_argument("--image-top-p", type=float, metavar="P")
     command.add_argument("--image-temperature", type=float, metavar="T")
     command.add_argument(
+        "--image-decoder", choices=("ar", "speculative"), help="speculative: several codes a pass, same distribution"
+    )
+    command.add_argument(
         "--num-images",
         type=_positive,
         default=1,
@@ -327,7 +330,13 @@ def _generate(args: argparse.Namespace):
         inputs["negative_prompt_ids"] = negative["input_ids"]
         inputs["negative_prompt_attention_mask"] = negative["attention_mask"]
     settings = _settings(
-        args, "guidance_scale", "image_guidance_scale", "image_top_k", "image_top_p", "image_temperature"
+        args,
+        "guidance_scale",
+        "image_guidance_scale",
+        "image_top_k",
+        "image_top_p",
+        "image_temperature",
+        "image_decoder",
     )
     sizes = _settings(args, "height", "width", "aspect_ratio")
     if sizes:  # instead of the checkpoint's, in whatever way that is given
