@@ -6,11 +6,12 @@ plug in.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
+from .cache_emu35 import GrowingCache
 from .sampling_emu35 import Generators, Sampler, check_scores, guide, is_damaged
 
 
@@ -28,7 +29,7 @@ class TokenStream:
     def __init__(self, model, ids: torch.LongTensor, mask: torch.BoolTensor):
         self.model = model
         self.pending = [(ids, mask)]
-        self.cache: DynamicCache | None = None
+        self.cache: GrowingCache | None = None
         self.num_passes = 0
         # What depends on the masks is kept up to date, so that no step has to ask the device for it.
         self.has_holes = not bool(mask.all())
@@ -39,11 +40,11 @@ class TokenStream:
         return cls(model, *pad_left([[]] * rows, device))
 
     @classmethod
-    def of_cache(cls, model, cache: DynamicCache, length: int, device) -> "TokenStream":
+    def of_cache(cls, model, cache: GrowingCache, length: int, device) -> "TokenStream":
         """One row that holds the first `length` columns of a cache without holes, which stays as it is."""
         stream = cls.empty(model, 1, device)
         stream._set_cached_mask(torch.ones(1, length, dtype=torch.bool, device=device))
-        stream.cache = DynamicCache(config=model.model.config)
+        stream.cache = GrowingCache(model.model.config)
         for number, (layer, module) in enumerate(zip(cache.layers, model.model.layers, strict=True)):
             where = execution_device(module)
             stream.cache.update(layer.keys[:, :, :length].to(where), layer.values[:, :, :length].to(where), number)
@@ -94,7 +95,7 @@ class TokenStream:
         mask = torch.cat([self.cached_mask, new_mask], dim=1)
         counts = self.lengths[:, None] + new_mask.cumsum(-1)
         if self.cache is None:
-            self.cache = DynamicCache(config=self.model.model.config)
+            self.cache = GrowingCache(self.model.model.config)
         hidden_states = self.model.model(
             input_ids=ids,
             attention_mask=self._attention_mask(mask, columns=ids.shape[1]),
@@ -172,7 +173,7 @@ class TokenStream:
         used = cached_mask.any(0)
         picked._set_cached_mask(cached_mask[:, used])
         if self.cache is not None:
-            picked.cache = DynamicCache(config=self.model.model.config)
+            picked.cache = GrowingCache(self.model.model.config)
             for number, layer in enumerate(self.cache.layers):
                 at = index.to(layer.keys.device)
                 keep = used.to(layer.keys.device)
@@ -205,8 +206,8 @@ def _pad_columns(tensor: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([tensor.new_zeros(len(tensor), length - tensor.shape[1]), tensor], dim=1)
 
 
-def _stack_caches(config, streams: Sequence[TokenStream], length: int) -> DynamicCache:
-    stacked = DynamicCache(config=config)
+def _stack_caches(config, streams: Sequence[TokenStream], length: int) -> GrowingCache:
+    stacked = GrowingCache(config)
     filled = next(stream.cache for stream in streams if stream.cache is not None)
     for number, example in enumerate(filled.layers):
         parts = []
@@ -227,7 +228,7 @@ class CachedPrefix:
     """Token ids, and a cache of one row with their keys and values (one column an id)."""
 
     ids: list[int]
-    cache: DynamicCache = field(repr=False)
+    cache: GrowingCache = field(repr=False)
 
     def num_shared(self, ids: Sequence[int]) -> int:
         """How many ids at the beginning are the same."""
@@ -239,7 +240,7 @@ class CachedPrefix:
 class GenerationCache:
     """What `generate` computed, for another call that goes on from there.
 
-    A `DynamicCache` holds one sequence a row; here every row has one a guidance stream, of different lengths.
+    A transformers cache holds one sequence a row; here every row has one a guidance stream, of different lengths.
 
     Attributes:
         rows (`list[list[CachedPrefix]]`): `rows[row][stream]`, the conditional stream first.
@@ -314,10 +315,13 @@ class ImageRequest:
         generator: one for the batch or one a row.
         max_codes (`int`, *optional*): stop after that many codes of the grid.
         speculative_window, coupling: see [`decode_speculative`].
+        scheduler, num_inference_steps, guidance_scale_end, guidance_cutoff: see [`decode_dida`].
         on_codes (`Callable`, *optional*):
             called with the `(batch,)` codes of one position, in order, from position `num_cached` on, as they come.
         should_stop (`Callable`, *optional*):
             asked after every pass and after every call of `on_codes`; `True`: return with the codes there are.
+        on_step (`Callable`, *optional*):
+            called after every denoising step with its number and the codes `(batch, token_height, token_width)`.
 
     Attributes:
         statistics (`list[ImageStatistics]`): one for each row, which the decoder fills in.
@@ -334,8 +338,13 @@ class ImageRequest:
     max_codes: int | None = None
     speculative_window: int | None = None
     coupling: str = "gumbel"
+    scheduler: Any = None
+    num_inference_steps: int = 16
+    guidance_scale_end: float | None = None
+    guidance_cutoff: float | None = None
     on_codes: Callable[[torch.LongTensor], None] | None = field(default=None, repr=False)
     should_stop: Callable[[], bool] | None = field(default=None, repr=False)
+    on_step: Callable[[int, torch.LongTensor], None] | None = field(default=None, repr=False)
     statistics: list[ImageStatistics] = field(default_factory=list, init=False)
 
     def generators_at(self, index: int) -> Generators:
@@ -374,8 +383,7 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
     for index in range(request.num_cached, stop):
         codes = given[:, index]
         if not settled_in_all[index]:
-            logits = model.compute_logits(stream.advance(), vocabulary="visual").chunk(num_streams)
-            scores = guide(logits, request.guidance_scale, request.image_guidance_scale).to(device)
+            scores = guided_logits(model, stream.advance(), num_streams, request).to(device)
             drawn = request.sampler(scores, request.generators_at(index))
             damaged |= is_damaged(scores)
             codes = drawn if settled_in_none[index] else torch.where(codes < 0, drawn, codes)
@@ -390,6 +398,18 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
     request.statistics = [ImageStatistics(stream.num_passes)] * batch
     check_scores(damaged)  # once: asking at every step would keep the device waiting
     return torch.cat(columns, dim=1)
+
+
+def guided_logits(model, hidden_states: torch.Tensor, num_streams: int, request: ImageRequest) -> torch.Tensor:
+    """Guided logits over the visual codes, float32 `(batch, ..., n)`.
+
+    The output matrix is linear, so guidance comes before it: one product for all streams, and one rounding.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_streams * batch, ..., hidden_size)`): the conditional rows first.
+    """
+    guided = guide(hidden_states.chunk(num_streams), request.guidance_scale, request.image_guidance_scale)
+    return model.compute_logits(guided.to(hidden_states.dtype), vocabulary="visual").float()
 
 
 #: Name -> decoder.

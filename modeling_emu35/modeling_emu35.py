@@ -9,14 +9,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3DecoderLayer,
+    Qwen3MLP,
     Qwen3Model,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
+    eager_attention_forward,
 )
 from transformers.utils import can_return_tuple
 
@@ -40,11 +43,75 @@ class Emu35CausalLMOutput(CausalLMOutputWithPast):
     """transformers' `CausalLMOutputWithPast`; `logits` is `None` when only the loss was asked for."""
 
 
+class Emu35RMSNorm(Qwen3RMSNorm):
+    """Qwen3's, as one operation: a step of decoding is made of little else than the overhead of small ones."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class Emu35RotaryEmbedding(Qwen3RotaryEmbedding):
+    """Qwen3's; the sine has the signs of [`rotate`] already, and both have a dimension for the heads."""
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = super().forward(hidden_states, position_ids)
+        first, second = sin.chunk(2, dim=-1)
+        return cos[:, None], torch.cat([-first, second], dim=-1)[:, None]
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: the halves of each head `(batch, heads, length, head_dim)` are the two parts of its pairs."""
+    return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
+
+
+class Emu35Attention(Qwen3Attention):
+    """Qwen3's attention with fewer operations: see [`Emu35RMSNorm`] and [`rotate`]."""
+
+    def __init__(self, config: Emu35TextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.q_norm = Emu35RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Emu35RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = hidden_states.shape[:-1]
+        heads = (*shape, -1, self.head_dim)
+        queries = rotate(self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2), *position_embeddings)
+        keys = rotate(self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2), *position_embeddings)
+        values = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, weights = attend(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(*shape, -1)), weights
+
+
 class Emu35DecoderLayer(Qwen3DecoderLayer):
     """Qwen3's layer with the release's dropout on both residual branches."""
 
     def __init__(self, config: Emu35TextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = Emu35Attention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Emu35RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Emu35RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.residual_dropout = config.residual_dropout
 
     def forward(
@@ -66,9 +133,11 @@ class Emu35DecoderLayer(Qwen3DecoderLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        hidden_states = hidden_states + F.dropout(attended, self.residual_dropout, self.training)
-        fed_forward = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + F.dropout(fed_forward, self.residual_dropout, self.training)
+        hidden_states = hidden_states + self._drop(attended)
+        return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
+        return F.dropout(branch, self.residual_dropout) if self.training and self.residual_dropout else branch
 
 
 class Emu35PreTrainedModel(StrictCheckpointMixin, PreTrainedModel):
@@ -82,7 +151,7 @@ class Emu35PreTrainedModel(StrictCheckpointMixin, PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Emu35DecoderLayer, "attentions": Qwen3Attention}
+    _can_record_outputs = {"hidden_states": Emu35DecoderLayer, "attentions": Emu35Attention}
 
 
 class Emu35Model(Emu35PreTrainedModel, Qwen3Model):
@@ -103,8 +172,8 @@ class Emu35Model(Emu35PreTrainedModel, Qwen3Model):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(Emu35DecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
+        self.norm = Emu35RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Emu35RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in config.layer_types
         self.post_init()

@@ -34,12 +34,15 @@ class Sampler:
         values, columns = logits.float(), None
         if self.temperature is not None:
             values = values / self.temperature
+        has_top_p = self.top_p is not None and self.top_p < 1
         if self.top_k and self.top_k < values.shape[-1]:
             values, columns = values.topk(self.top_k)  # sorted, so top-p needs no sort of its own
-        elif self.top_p is not None and self.top_p < 1:
-            values, columns = values.sort(descending=True)
-        probabilities = values.softmax(-1)
-        if self.top_p is not None and self.top_p < 1:
+            probabilities = values.softmax(-1)
+        elif has_top_p:
+            probabilities, columns = _likeliest(values, self.top_p)
+        else:
+            probabilities = values.softmax(-1)
+        if has_top_p:
             before = probabilities.cumsum(-1) - probabilities  # 0 for the first, so one always stays
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
@@ -74,6 +77,21 @@ class Sampler:
         return choice if columns is None else columns.gather(-1, choice[:, None])[:, 0]
 
 
+def _likeliest(logits: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest probabilities `(..., k)`, in falling order, and their columns; k such that they hold `mass`.
+
+    A CPU takes 9 ms to sort 131,072 columns and a tenth of that to find the largest thousand, which are enough more
+    often than not. A GPU sorts fast, and asking it whether they are enough would keep it waiting.
+    """
+    probabilities, count = logits.softmax(-1), 1024
+    while logits.device.type == "cpu" and 4 * count <= logits.shape[-1]:
+        values, columns = probabilities.topk(count)
+        if bool((values.sum(-1) >= mass).all()):
+            return values, columns
+        count *= 8
+    return probabilities.sort(descending=True)
+
+
 def uniform(batch: int, generator: Generators, device: torch.device, shape: Sequence[int] = ()) -> torch.Tensor:
     """`(batch, *shape)` numbers in [0, 1), drawn where the generator lives."""
     if isinstance(generator, Sequence):
@@ -99,23 +117,24 @@ def draw(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.LongTensor
 
 
 def guide(
-    logits: Sequence[torch.Tensor], guidance_scale: float, image_guidance_scale: float | None = None
+    streams: Sequence[torch.Tensor], guidance_scale: float, image_guidance_scale: float | None = None
 ) -> torch.Tensor:
     r"""Classifier-free guidance.
 
     One unconditional stream: $s = u + g (c - u)$.  Two: $s = n + g_{img} (u - n) + g (c - u)$.  The release does this
-    on log-probabilities; on logits the result differs by a constant a row, which no later step can see.
+    on log-probabilities; on logits, or on what they are linear in, the result differs by a constant a row, which no
+    later step can see.
 
     Args:
-        logits: of the conditional stream c, then of the unconditional ones u and n; each `(batch, n)`.
+        streams: values of the conditional stream c, then of the unconditional ones u and n; each `(batch, ...)`.
     """
-    if len(logits) == 1:
-        return logits[0].float()
-    conditional, unconditional = logits[0].float(), logits[1].float()
+    if len(streams) == 1:
+        return streams[0].float()
+    conditional, unconditional = streams[0].float(), streams[1].float()
     guided = guidance_scale * (conditional - unconditional)
-    if len(logits) == 2:
+    if len(streams) == 2:
         return unconditional + guided
-    neither = logits[2].float()
+    neither = streams[2].float()
     return neither + image_guidance_scale * (unconditional - neither) + guided
 
 
