@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CompileConfig
 
 from .cache_emu35 import GrowingCache
 from .sampling_emu35 import Generators, Sampler, check_scores, guide, is_damaged
+from .static_decoding_emu35 import MAX_COLUMNS, StaticDecoder
 
 
 class TokenStream:
@@ -30,6 +32,7 @@ class TokenStream:
         self.model = model
         self.pending = [(ids, mask)]
         self.cache: GrowingCache | None = None
+        self.static: StaticDecoder | None = None
         self.num_passes = 0
         # What depends on the masks is kept up to date, so that no step has to ask the device for it.
         self.has_holes = not bool(mask.all())
@@ -94,19 +97,38 @@ class TokenStream:
         ids, new_mask = self._pending()
         mask = torch.cat([self.cached_mask, new_mask], dim=1)
         counts = self.lengths[:, None] + new_mask.cumsum(-1)
-        if self.cache is None:
-            self.cache = GrowingCache(self.model.model.config)
-        hidden_states = self.model.model(
-            input_ids=ids,
-            attention_mask=self._attention_mask(mask, columns=ids.shape[1]),
-            # Masked columns share the position of the next real token; nothing attends to them.
-            position_ids=counts - new_mask.long(),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        # Masked columns share the position of the next real token; nothing attends to them.
+        position_ids = counts - new_mask.long()
+        if self.static is not None and ids.shape[1] > MAX_COLUMNS:
+            self.leave_static()
+        if self.static is not None:
+            hidden_states = self.static(ids, position_ids)
+        else:
+            if self.cache is None:
+                self.cache = GrowingCache(self.model.model.config)
+            hidden_states = self.model.model(
+                input_ids=ids,
+                attention_mask=self._attention_mask(mask, columns=ids.shape[1]),
+                position_ids=position_ids,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
         self.pending, self.cached_mask, self.lengths = [], mask, counts[:, -1]
         self.num_passes += 1
         return hidden_states
+
+    def enter_static(self, room: int, compile_config: CompileConfig | None):
+        """Moves what is cached to the model's static cache, where `room` more columns find place.
+
+        From now on the passes are compiled, and nothing may be appended that is not in all rows.
+        """
+        self.static = StaticDecoder.for_cache(self.model, self.cache, self.cached_mask, room, compile_config)
+        self.cache = None
+
+    def leave_static(self):
+        """Takes the cache back."""
+        if self.static is not None:
+            self.cache, self.static = self.static.to_growing_cache(), None
 
     def _attention_mask(self, mask: torch.BoolTensor, columns: int) -> torch.Tensor | None:
         if not self.has_holes:
@@ -336,6 +358,8 @@ class ImageRequest:
     image_guidance_scale: float | None = None
     generator: Generators = None
     max_codes: int | None = None
+    cache_implementation: str | None = None
+    compile_config: CompileConfig | None = None
     speculative_window: int | None = None
     coupling: str = "gumbel"
     scheduler: Any = None
@@ -383,7 +407,11 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
     for index in range(request.num_cached, stop):
         codes = given[:, index]
         if not settled_in_all[index]:
-            scores = guided_logits(model, stream.advance(), num_streams, request).to(device)
+            hidden_states = stream.advance()
+            if request.cache_implementation == "static" and stream.static is None:
+                room = total - index + request.token_height
+                stream.enter_static(room, request.compile_config)
+            scores = guided_logits(model, hidden_states, num_streams, request).to(device)
             drawn = request.sampler(scores, request.generators_at(index))
             damaged |= is_damaged(scores)
             codes = drawn if settled_in_none[index] else torch.where(codes < 0, drawn, codes)
@@ -395,6 +423,7 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
             request.on_codes(codes)
         if request.should_stop is not None and request.should_stop():
             break
+    stream.leave_static()
     request.statistics = [ImageStatistics(stream.num_passes)] * batch
     check_scores(damaged)  # once: asking at every step would keep the device waiting
     return torch.cat(columns, dim=1)

@@ -503,9 +503,12 @@ def _batches(items: Sequence[torch.Tensor], pixels: Sequence[int]) -> Iterator[l
 
 def _project(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden_states @ weight.T`, in the order that is fast."""
-    if hidden_states.device.type == "cpu" and hidden_states.ndim == 2 and 1 < len(hidden_states) <= 8:
-        # Few rows against a tall matrix: 1.6 to 3 times faster on a CPU with the matrix on the left.
-        return (weight @ hidden_states.t()).t()
+    on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
+    if on_cpu and hidden_states.ndim == 2 and 0 < len(hidden_states) <= 32:
+        # Few rows against a tall matrix in float32: 1.5 to 7 times faster on a CPU with the matrix on the left. A single
+        # row would be a product with a vector, which has one thread: 10 ms instead of 2.5 over 131,072 x 256.
+        rows = hidden_states if len(hidden_states) > 1 else hidden_states.repeat(2, 1)
+        return (weight @ rows.t()).t()[: len(hidden_states)].contiguous()
     return F.linear(hidden_states, weight)
 
 
