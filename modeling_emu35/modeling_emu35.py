@@ -53,7 +53,9 @@ class Emu35RMSNorm(Qwen3RMSNorm):
 class Emu35RotaryEmbedding(Qwen3RotaryEmbedding):
     """Qwen3's; the sine has the signs of [`rotate`] already, and both have a dimension for the heads."""
 
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = super().forward(hidden_states, position_ids)
         first, second = sin.chunk(2, dim=-1)
         return cos[:, None], torch.cat([-first, second], dim=-1)[:, None]

@@ -5,6 +5,7 @@ import torch
 from emu35.cache_emu35 import GrowingCache
 from test_generation import GUIDANCE
 from test_image_mask import complete, mask_of, random_codes
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 from transformers.cache_utils import DynamicCache
 
@@ -107,7 +108,6 @@ def test_static_with_given_codes(model):
 
 def test_a_static_answer_can_be_continued(model):
     settings = {"rows": (0, 1), "guidance": "one", "height": 16, "width": 20}
-    expected, _ = complete(model, **settings)
     _, output = complete(model, **settings, **STATIC, return_past_key_values=True)
     cached = output.past_key_values.rows[0][0]
     fresh = model.model(torch.tensor([cached.ids]), use_cache=True).past_key_values
@@ -144,3 +144,26 @@ def test_compiled_equals_eager(tiny_model):
     for config in (None, CompileConfig(mode="default", fullgraph=True)):
         made, _ = complete(tiny_model, **settings, cache_implementation="static", compile_config=config)
         assert all(torch.equal(*pair) for pair in zip(made, expected, strict=True))
+
+
+class CountedReads(TorchDispatchMode):
+    """Counts how often a value is read back from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, STATIC], ids=["dynamic", "static"])
+def test_a_row_of_an_image_waits_for_no_value(model, settings):
+    """A value that the host reads keeps a GPU waiting, and can't be part of a CUDA graph."""
+    counts = []
+    for height, width in ((16, 16), (16, 28), (28, 16)):
+        with CountedReads() as reads:
+            complete(model, guidance="one", height=height, width=width, **settings)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] == counts[2] > 0
