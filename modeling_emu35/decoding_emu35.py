@@ -14,7 +14,7 @@ from transformers import CompileConfig
 
 from .cache_emu35 import GrowingCache
 from .sampling_emu35 import Generators, Sampler, check_scores, guide, is_damaged
-from .static_decoding_emu35 import MAX_COLUMNS, StaticDecoder
+from .static_decoding_emu35 import StaticDecoder
 
 
 class TokenStream:
@@ -99,10 +99,10 @@ class TokenStream:
         counts = self.lengths[:, None] + new_mask.cumsum(-1)
         # Masked columns share the position of the next real token; nothing attends to them.
         position_ids = counts - new_mask.long()
-        if self.static is not None and ids.shape[1] > MAX_COLUMNS:
+        if self.static is not None and not self.static.fits(ids.shape[1]):
             self.leave_static()
         if self.static is not None:
-            hidden_states = self.static(ids, position_ids)
+            hidden_states = self.static(ids, mask, position_ids)
         else:
             if self.cache is None:
                 self.cache = GrowingCache(self.model.model.config)
@@ -117,12 +117,12 @@ class TokenStream:
         self.num_passes += 1
         return hidden_states
 
-    def enter_static(self, room: int, compile_config: CompileConfig | None):
+    def enter_static(self, room: int, widths: Sequence[int], compile_config: CompileConfig | None):
         """Moves what is cached to the model's static cache, where `room` more columns find place.
 
-        From now on the passes are compiled, and nothing may be appended that is not in all rows.
+        From now on passes are compiled, as long as they are no wider than the largest of `widths`.
         """
-        self.static = StaticDecoder.for_cache(self.model, self.cache, self.cached_mask, room, compile_config)
+        self.static = StaticDecoder.for_cache(self.model, self.cache, room, widths, compile_config)
         self.cache = None
 
     def leave_static(self):
@@ -160,9 +160,10 @@ class TokenStream:
         columns = torch.arange(1, self.num_cached + 1, device=self.device)
         last, longest = torch.stack([(mask * columns).amax(), mask.sum(-1).amax()]).tolist()
         if last < self.num_cached:
-            self.cache.crop(last - self.num_cached)
+            (self.cache if self.static is None else self.static).crop(last - self.num_cached)
             mask = mask[:, :last]
         if last - longest > max(32, longest // 4):
+            self.leave_static()
             order = mask.long().argsort(dim=-1, stable=True)[:, last - longest :]
             for layer in self.cache.layers:
                 at = order.to(layer.keys.device)[:, None, :, None].expand(-1, *layer.keys.shape[1:2], -1, 1)
@@ -410,7 +411,8 @@ def decode_autoregressive(stream: TokenStream, request: ImageRequest) -> torch.L
             hidden_states = stream.advance()
             if request.cache_implementation == "static" and stream.static is None:
                 room = total - index + request.token_height
-                stream.enter_static(room, request.compile_config)
+                # A code alone, or with the EOL after it.
+                stream.enter_static(room, (1, 2), request.compile_config)
             scores = guided_logits(model, hidden_states, num_streams, request).to(device)
             drawn = request.sampler(scores, request.generators_at(index))
             damaged |= is_damaged(scores)
