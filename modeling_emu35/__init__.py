@@ -24,6 +24,8 @@ from .streaming_emu35 import (
 
 #: Path of the tiny checkpoint that is shipped with the package.
 TINY = str(files("emu35.model_cards") / "emu35-tiny")
+#: Path of its adapter for `image_decoder="dida"`.
+TINY_DIDA = str(files("emu35.model_cards") / "emu35-tiny-dida")
 
 for _config in (Emu35Config, Emu35TextConfig, Emu35VisionTokenizerConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -40,6 +42,7 @@ AutoModelForMultimodalLM.register(Emu35Config, Emu35ForConditionalGeneration, ex
 
 __all__ = [
     "TINY",
+    "TINY_DIDA",
     "Emu35Config",
     "Emu35ForConditionalGeneration",
     "Emu35GenerateOutput",

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,6 @@ def _add_generate(add):
     command.add_argument("--image-top-p", type=float, metavar="P")
     command.add_argument("--image-temperature", type=float, metavar="T")
     command.add_argument(
-        "--image-decoder", choices=("ar", "speculative"), help="speculative: several codes a pass, same distribution"
-    )
-    command.add_argument(
         "--num-images",
         type=_positive,
         default=1,
@@ -152,6 +150,7 @@ def _add_generate(add):
         help="as FILE-1, FILE-2, ...; image i has the seed + i - 1",
     )
     command.add_argument("--grid", action="store_true", help="put several images side by side into one file")
+    _add_image_decoder(command)
     _add_model_options(command)
 
 
@@ -200,6 +199,7 @@ def _add_story(add):
         action="store_true",
         help="go on after each answer with the next line of standard input; an empty one ends",
     )
+    _add_image_decoder(command)
     _add_model_options(command)
 
 
@@ -244,6 +244,7 @@ def _add_eval(add):
     command.add_argument("--plot", metavar="FILE", help="draw what --sweep measures (needs matplotlib)")
     command.add_argument("--samples", metavar="FILE", help="write a PNG of the first images or episodes")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    _add_image_decoder(command)
     _add_model_options(command)
 
 
@@ -254,12 +255,29 @@ def _add_bench(add):
         "measure speed and memory against the straightforward way",
         "emu35 bench image vision --output bench.json",
     )
-    command.add_argument("parts", nargs="*", metavar="PART", help="image, vision, loss, start (default: all)")
+    command.add_argument("parts", nargs="*", metavar="PART", help="image, vision, loss, start, decode (default: all)")
     command.add_argument("--size", choices=("tiny", "34b"), default="tiny", help="34b: the released size, on a GPU")
     command.add_argument("--quick", action="store_true", help="smaller inputs, once; targets are not judged")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    command.add_argument("--plots", metavar="DIR", help="draw what the part decode measures (needs matplotlib)")
     _add_seed(command)
     _add_device(command)
+
+
+def _add_image_decoder(command: argparse.ArgumentParser):
+    group = command.add_argument_group("image decoder")
+    group.add_argument(
+        "--image-decoder",
+        choices=("ar", "speculative", "dida"),
+        help="ar: one code a pass; speculative: several, from the same distribution; dida: all of them, in --steps "
+        "passes (default: the checkpoint's)",
+    )
+    group.add_argument("--window", type=_positive, metavar="N", help="speculative: codes guessed before every pass")
+    group.add_argument(
+        "--coupling", choices=("none", "maximal", "gumbel"), help="speculative: what becomes of unsettled guesses"
+    )
+    group.add_argument("--steps", type=_positive, metavar="N", help="dida: denoising steps")
+    group.add_argument("--adapter", metavar="DIR", help="dida: adapter (for the tiny model: the one shipped with it)")
 
 
 def _add_model_options(command: argparse.ArgumentParser):
@@ -316,6 +334,7 @@ def _seed(text: str) -> int:
 def _generate(args: argparse.Namespace):
     output = _image_path(args.output)
     task = args.task or ("x2i" if args.image else "t2i")
+    decoder = _image_decoder_settings(args)
     import torch
     from emu35.cli_tools_emu35 import progress, side_by_side
 
@@ -336,8 +355,8 @@ def _generate(args: argparse.Namespace):
         "image_top_k",
         "image_top_p",
         "image_temperature",
-        "image_decoder",
     )
+    settings |= decoder
     sizes = _settings(args, "height", "width", "aspect_ratio")
     if sizes:  # instead of the checkpoint's, in whatever way that is given
         settings |= {"height": None, "width": None, "aspect_ratio": None, **sizes}
@@ -402,6 +421,7 @@ def _describe(args: argparse.Namespace):
 
 def _story(args: argparse.Namespace):
     folder = _folder_path(args.output)
+    settings = _settings(args, "max_images", "max_new_tokens", "guidance_scale") | _image_decoder_settings(args)
     import torch
     from emu35.cli_tools_emu35 import StoryDisplay
     from emu35.segments_emu35 import Segments, Text, iter_images
@@ -411,7 +431,6 @@ def _story(args: argparse.Namespace):
     if model.vision_tokenizer is None:
         raise ValueError("the checkpoint cannot show images. Name a vision tokenizer with --vision-tokenizer.")
     messages = [{"role": "user", "content": [*({"type": "image", "path": path} for path in args.image), args.prompt]}]
-    settings = _settings(args, "max_images", "max_new_tokens", "guidance_scale")
     generator = torch.Generator().manual_seed(args.seed)
     story = Segments()
 
@@ -504,11 +523,11 @@ def _eval(args: argparse.Namespace):
         raise ValueError("--sweep is for --task t2i.")
     if samples is not None and args.sweep is not None:
         raise ValueError("--samples shows the images of one setting: leave out --sweep.")
-    about_images = _settings(args, "guidance_scale", "image_top_k", "image_top_p", "samples")
+    about_images = _settings(args, "guidance_scale", "image_top_k", "image_top_p", "samples", "image_decoder")
     if about_images and args.task in _EVAL_WITHOUT_IMAGES:
         name = next(iter(about_images)).replace("_", "-")
         raise ValueError(f"--{name} is about making images, which --task {args.task} does not.")
-    settings = _settings(args, "guidance_scale", "image_top_k", "image_top_p")
+    settings = _settings(args, "guidance_scale", "image_top_k", "image_top_p") | _image_decoder_settings(args)
     model, processor = _load(args)
     from emu35.training.evaluate import evaluate, sweep
 
@@ -527,6 +546,7 @@ def _eval(args: argparse.Namespace):
 
 def _bench(args: argparse.Namespace):
     output = None if args.output is None else _file_path(args.output)
+    plots = None if args.plots is None else _plots_path(args)
     from emu35.bench_emu35 import format_results, run_benchmark
     from emu35.cli_tools_emu35 import find_device, find_dtype
 
@@ -535,6 +555,19 @@ def _bench(args: argparse.Namespace):
     print(format_results(results))
     if output is not None:
         _write_json(output, results)
+    if plots is not None:
+        from emu35.bench_plots_emu35 import plot_decoders
+
+        for path in plot_decoders(results["decode"], plots):
+            print(f"{path}: written")
+
+
+def _plots_path(args: argparse.Namespace) -> Path:
+    if (args.parts or args.size != "tiny") and "decode" not in args.parts:
+        raise ValueError("--plots draws what the part decode measures. Add it: emu35 bench decode --plots DIR")
+    if find_spec("matplotlib") is None:
+        raise ValueError("--plots needs matplotlib, which is not installed: pip install matplotlib")
+    return _folder_path(args.plots, "--plots")
 
 
 # --------------------------------------------------------------------------------------------------------- their parts
@@ -545,6 +578,17 @@ def _settings(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def _image_decoder_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of `generate` from the options of the image decoder."""
+    decoders = {"window": "speculative", "coupling": "speculative", "steps": "dida", "adapter": "dida"}
+    for name in _settings(args, *decoders):
+        if args.image_decoder != decoders[name]:
+            raise ValueError(f"--{name} is for --image-decoder {decoders[name]}.")
+    names = {"steps": "num_inference_steps", "window": "speculative_window"}
+    given = _settings(args, "image_decoder", "window", "coupling", "steps")
+    return {names.get(name, name): value for name, value in given.items()}
+
+
 def _load(args: argparse.Namespace):
     """The model, ready to generate, and its processor."""
     from emu35.cli_tools_emu35 import load
@@ -552,7 +596,15 @@ def _load(args: argparse.Namespace):
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    return load(args.model, args.device, args.dtype, args.load_in, args.vision_tokenizer, args.tokenizer)
+    model, processor = load(args.model, args.device, args.dtype, args.load_in, args.vision_tokenizer, args.tokenizer)
+    if getattr(args, "image_decoder", None) == "dida":
+        from emu35 import TINY, TINY_DIDA
+
+        is_tiny = args.model is None or Path(args.model).resolve() == Path(TINY).resolve()
+        adapter = args.adapter or (TINY_DIDA if is_tiny else None)
+        if adapter is not None:
+            model.load_dida_adapter(adapter)
+    return model, processor
 
 
 def _count(number: int, noun: str) -> str:

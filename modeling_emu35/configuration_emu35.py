@@ -309,6 +309,9 @@ class Emu35Config(PreTrainedConfig):
             don't.
         token_layout (`Emu35TokenLayout` or `dict`): which id means what.
         visual_loss_weight (`float`): weight of a visual token in the loss; text and structure tokens have weight 1.
+        dida_adapted (`bool`):
+            whether the weights themselves were trained to denoise images, so that `image_decoder="dida"` needs no
+            adapter. The checkpoint then has a `scheduler_config.json`.
     """
 
     model_type = "emu35"
@@ -323,6 +326,7 @@ class Emu35Config(PreTrainedConfig):
     )
     token_layout: dict | Emu35TokenLayout | None = None
     visual_loss_weight: float | int = 0.5
+    dida_adapted: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

@@ -15,6 +15,7 @@ from .prompts_emu35 import get_template
 
 GENERATION_MODES = ("text", "image", "interleaved")
 COUPLINGS = ("none", "maximal", "gumbel")
+CACHES = ("dynamic", "static")
 
 _INTERLEAVED = {"generation_mode": "interleaved", "image_top_k": 10240, "image_area": 720 * 720}
 #: What the release uses for each task where it differs from the values of `RELEASED_DEFAULTS` (its example
@@ -54,6 +55,9 @@ _OWN: dict[str, Any] = {
     "image_decoder": "ar",
     "speculative_window": None,
     "coupling": "gumbel",
+    "num_inference_steps": 16,
+    "guidance_scale_end": None,
+    "guidance_cutoff": None,
     "height": None,
     "width": None,
     "aspect_ratio": None,
@@ -72,15 +76,16 @@ HONOURED = (
     "return_dict_in_generate",
     "pad_token_id",
     "eos_token_id",
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
 )
 SETTINGS = (*_OWN, *HONOURED)
 _SIZES = ("height", "width", "aspect_ratio")
 
 _INHERITED = frozenset(vars(GenerationConfig()))
 #: Inherited settings that change nothing about an answer; callers such as trainers set them as a matter of course.
-_WITHOUT_EFFECT = frozenset(
-    {"bos_token_id", "use_cache", "cache_implementation", "compile_config", "disable_compile", "transformers_version"}
-)
+_WITHOUT_EFFECT = frozenset({"bos_token_id", "use_cache", "transformers_version"})
 
 
 class Emu35GenerationConfig(GenerationConfig):
@@ -98,11 +103,19 @@ class Emu35GenerationConfig(GenerationConfig):
         image_top_k (`int`), image_top_p (`float`), image_temperature (`float`):
             sampling of visual tokens. `None`: off.
         image_decoder (`str`): which decoder turns a prefix into codes, see `IMAGE_DECODERS`: "ar" makes one code a
-            pass; "speculative" several, from the same distribution.
+            pass; "speculative" several, from the same distribution; "dida" all of them, in `num_inference_steps`
+            passes of a model that was adapted to it.
         speculative_window (`int`, *optional*): codes that "speculative" guesses before every pass. Default: 16, or
             all of a smaller image.
         coupling (`str`): what "speculative" makes of a guess that is not settled yet: "none" draws another, "maximal"
             and "gumbel" keep it where they can.
+        num_inference_steps (`int`): denoising steps of "dida".
+        guidance_scale_end (`float`, *optional*):
+            for "dida": the guidance scale goes from `guidance_scale` at time 0 to this at time 1, linearly. Default:
+            it stays.
+        guidance_cutoff (`float`, *optional*):
+            for "dida": time in (0, 1] from which on there is no guidance, and nothing unconditional is computed.
+            Default: never.
         height, width (`int`): pixels of the images to make.
         aspect_ratio (`str`): "16:9" and the like (width to height, of about `image_area` pixels), "auto" (the model
             writes the size itself), or "reference" (the size of the prompt's last image). Default: "reference" where
@@ -110,6 +123,9 @@ class Emu35GenerationConfig(GenerationConfig):
         image_area (`int`): pixels that `aspect_ratio` aims at.
         keep_image_size (`bool`): further images of an answer have the size of its first one.
         max_images (`int`): images of one interleaved answer; after that only text follows.
+        cache_implementation (`str`): "dynamic", or "static": the `ar` decoder's steps are compiled, on a GPU into CUDA
+            graphs. The first image takes as long as compiling does. `compile_config` ([`CompileConfig`]) says how;
+            `disable_compile=True` leaves the static cache alone.
         max_new_tokens (`int`): tokens after the prompt, those of images included. `None`: up to the context's end.
         task_defaults (`dict`): task -> settings that replace the ones above when `generate(task=...)` names the task.
     """
@@ -135,12 +151,21 @@ class Emu35GenerationConfig(GenerationConfig):
         super().validate(strict=strict, user_set_attributes={"do_sample", "num_beams"})
         if self.generation_mode not in GENERATION_MODES:
             raise ValueError(f"`generation_mode` must be one of {GENERATION_MODES}, got {self.generation_mode!r}.")
-        for name in ("guidance_scale", "image_guidance_scale"):
+        for name in ("guidance_scale", "image_guidance_scale", "guidance_scale_end"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"`{name}` must be at least 0 (1 means no guidance), got {value}.")
+        if self.guidance_cutoff is not None and not 0 < self.guidance_cutoff <= 1:
+            raise ValueError(f"`guidance_cutoff` must lie in (0, 1], got {self.guidance_cutoff}.")
         if self.coupling not in COUPLINGS:
             raise ValueError(f"`coupling` must be one of {COUPLINGS}, got {self.coupling!r}.")
+        if self.cache_implementation not in (None, *CACHES):
+            raise ValueError(f"`cache_implementation` must be one of {CACHES}, got {self.cache_implementation!r}.")
+        if self.cache_implementation == "static" and self.image_decoder != "ar":
+            raise ValueError(
+                '`cache_implementation`="static" is for `image_decoder`="ar", whose passes all have the same width; '
+                f'got {self.image_decoder!r}. Use "dynamic".'
+            )
         for name in ("temperature", "image_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -159,6 +184,10 @@ class Emu35GenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        if not isinstance(self.num_inference_steps, int) or self.num_inference_steps < 1:
+            raise ValueError(
+                f"`num_inference_steps` must be a whole number of at least 1, got {self.num_inference_steps!r}."
+            )
         for task, defaults in (self.task_defaults or {}).items():
             _check_names(defaults, set(SETTINGS), f"`task_defaults[{task!r}]` has an unknown setting")
 

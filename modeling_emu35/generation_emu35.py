@@ -5,7 +5,7 @@ Here is what goes in and what comes out; the loop itself is in `generation_loop_
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from .configuration_emu35 import Emu35VisionTokenizerConfig
 from .decoding_emu35 import IMAGE_DECODERS, CachedPrefix, GenerationCache
+from .dida_emu35 import DidaMixin, decode_dida
 from .generation_configuration_emu35 import (
     SETTINGS,
     Emu35GenerateOutput,
@@ -40,9 +41,10 @@ from .speculative_emu35 import decode_speculative
 logger = logging.getLogger(__name__)
 
 IMAGE_DECODERS["speculative"] = decode_speculative
+IMAGE_DECODERS["dida"] = decode_dida
 
 
-class Emu35GenerationMixin(GenerationMixin):
+class Emu35GenerationMixin(DidaMixin, GenerationMixin):
     """`generate` of [`Emu35ForConditionalGeneration`]."""
 
     def adjust_generation_fn(
@@ -116,6 +118,9 @@ class Emu35GenerationMixin(GenerationMixin):
         generator: Generators = None,
         streamer: BaseStreamer | None = None,
         stopping_criteria: StoppingCriteriaList | Sequence[StoppingCriteria] | None = None,
+        scheduler: Any = None,
+        on_step: Callable[[int, torch.LongTensor], None] | None = None,
+        allow_unadapted: bool = False,
         **settings: Any,
     ) -> Emu35GenerateOutput | torch.LongTensor:
         """Continues prompts with text, images, or both.
@@ -149,8 +154,14 @@ class Emu35GenerationMixin(GenerationMixin):
                 `put` gets the prompt, then every token at once. One answer only. If its attribute `stop_requested`
                 becomes true, generation ends at the next token, even inside an image.
             stopping_criteria (`StoppingCriteriaList`, *optional*):
-                called for each answer alone after every token and every code, with the ids `(1, length)` of prompt
-                and answer and with `None` for the scores.
+                called for each answer alone after every token, every code and every denoising step, with the ids
+                `(1, length)` of prompt and answer and with `None` for the scores.
+            scheduler (`DiDAScheduler`, *optional*): for `image_decoder="dida"`, instead of `model.dida_scheduler`.
+            on_step (`Callable`, *optional*):
+                for `image_decoder="dida"`: called after every denoising step with its number, from 0 on, and the
+                codes `(rows, h, w)` as they are then, of the rows that make an image of this size together. Where
+                there is no code yet (masked), it is the one predicted.
+            allow_unadapted (`bool`): let "dida" run on a model that was not adapted to it.
             settings: fields of [`Emu35GenerationConfig`].
         Returns:
             [`Emu35GenerateOutput`], or only its `sequences` with `return_dict_in_generate=False`.
@@ -160,13 +171,19 @@ class Emu35GenerationMixin(GenerationMixin):
 
         The `ar` decoder makes the codes of an image row by row, left to right. It sees given codes above and to the
         left of the one it makes, but not those below: `image` is continued well downwards; a hole is filled without
-        knowing what stands below it.
+        knowing what stands below it. So does `speculative`. In `dida` every code sees all given ones, those below and
+        to the right of a hole too; the codes of an image come all at once, after its last step.
         """
         config = Emu35GenerationConfig().overridden_by(self.generation_config)
         if generation_config is not None:
             config = config.overridden_by(generation_config)
         config = config.with_settings(task, **settings)
         self._check_config(config)
+        if config.image_decoder == "dida" and config.generation_mode != "text":
+            scheduler = self.find_dida_scheduler(scheduler, allow_unadapted)
+        elif scheduler is not None or on_step is not None:
+            name = "on_step" if scheduler is None else "scheduler"
+            raise ValueError(f'`{name}` is for making images with `image_decoder`="dida", which this call does not.')
         if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or 0 in input_ids.shape:
             given = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
             raise ValueError(
@@ -222,6 +239,8 @@ class Emu35GenerationMixin(GenerationMixin):
             stopping_criteria=StoppingCriteriaList(criteria),
             keep_cache=return_past_key_values,
             eos_ids=eos_ids,
+            scheduler=scheduler,
+            on_step=on_step,
         )
         loop()
         if streamer is not None:
@@ -311,10 +330,11 @@ class Emu35GenerationMixin(GenerationMixin):
     ) -> list[list[list[int]]]:
         """Prompts of the unconditional streams that the guidance settings ask for: `[stream][row]`."""
         wanted = []
+        scales = [config.guidance_scale, config.guidance_scale_end if config.image_decoder == "dida" else None]
         if config.generation_mode != "text":
             if config.image_guidance_scale is not None:
                 wanted = candidates
-            elif config.guidance_scale is not None and config.guidance_scale != 1:
+            elif any(scale not in (None, 1) for scale in scales):
                 wanted = candidates[:1]
         negatives = []
         for ids, mask, name in wanted:

@@ -11,11 +11,12 @@ without text and images), so rows may be in different phases and streams may dif
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers.generation import StoppingCriteriaList
+from transformers.generation import CompileConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .configuration_emu35 import Emu35TokenLayout
@@ -136,6 +137,7 @@ class GenerationLoop:
         stopping_criteria (`StoppingCriteriaList`, *optional*): asked after every token, row by row.
         keep_cache (`bool`): whether [`cache`] will be asked for.
         eos_ids (`set[int]`): tokens that end an answer.
+        scheduler (`DiDAScheduler`, *optional*), on_step (`Callable`, *optional*): see [`ImageRequest`].
     """
 
     def __init__(
@@ -148,6 +150,8 @@ class GenerationLoop:
         stopping_criteria: StoppingCriteriaList | None = None,
         keep_cache: bool = False,
         eos_ids: set[int] = frozenset(),
+        scheduler: Any = None,
+        on_step: Callable[[int, torch.LongTensor], None] | None = None,
     ):
         self.model = model
         self.layout: Emu35TokenLayout = model.config.token_layout
@@ -158,6 +162,8 @@ class GenerationLoop:
         self.stopping_criteria = stopping_criteria
         self.keep_cache = keep_cache
         self.eos_ids = eos_ids
+        self.scheduler = scheduler
+        self.on_step = on_step
         self.device = execution_device(model.get_input_embeddings())
         self.num_passes = 0
         do_sample = bool(config.do_sample)
@@ -372,7 +378,8 @@ class GenerationLoop:
         given = torch.full((len(rows), height * width), -1)
         for place, row in enumerate(rows):
             given[place, : len(row.known_codes)] = torch.tensor(row.known_codes, dtype=torch.long)
-        num_cached = int((given >= 0).all(0).long().cumprod(0).sum())
+        # In `dida` every code sees all others, so that none is computed before them.
+        num_cached = 0 if self.scheduler is not None else int((given >= 0).all(0).long().cumprod(0).sum())
         beginnings = [self._grid_ids(codes, grid) for codes in given[:, :num_cached].tolist()]
         num_streams = len(rows[0].streams)
         members = [(row, number) for number in range(num_streams) for row in rows]
@@ -396,9 +403,16 @@ class GenerationLoop:
             image_guidance_scale=config.image_guidance_scale,
             generator=self._generators(indices),
             max_codes=min(height * width, max(lines * width + rest for lines, rest in room)),
+            cache_implementation=config.cache_implementation,
+            compile_config=self._compile_config(),
             speculative_window=config.speculative_window,
             coupling=config.coupling,
+            scheduler=self.scheduler,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale_end=config.guidance_scale_end,
+            guidance_cutoff=config.guidance_cutoff,
             on_codes=follow,
+            on_step=self._step_follower(rows),
             should_stop=None if follow is None else lambda: all(row.done for row in rows),
         )
         bodies = [
@@ -424,6 +438,13 @@ class GenerationLoop:
             if not row.done and num_streams == 3:
                 # The stream without text and images never sees earlier images.
                 row.streams[2] = self._new_stream(row.prompts[2])
+
+    def _compile_config(self) -> CompileConfig | None:
+        if self.config.disable_compile:
+            return None
+        # CUDA graphs need one place for everything; elsewhere the mode means nothing.
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        return self.config.compile_config or CompileConfig(mode=mode)
 
     def _catch_up(self, members: list[tuple[GenerationRow, int]]):
         """Computes long beginnings on their own where other streams of the batch are further.
@@ -470,6 +491,16 @@ class GenerationLoop:
             for row, code in zip(rows, codes.tolist(), strict=True):
                 put(row, self._grid_ids([code], grid, first=index), index + index // grid[1])
             index += 1
+            self._check_stops(rows)
+
+        return follow
+
+    def _step_follower(self, rows: list[GenerationRow]):
+        """A callback after every denoising step. No token has come, but a stop may have been asked for."""
+
+        def follow(step: int, codes: torch.LongTensor):
+            if self.on_step is not None:
+                self.on_step(step, codes)
             self._check_stops(rows)
 
         return follow

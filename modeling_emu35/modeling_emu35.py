@@ -47,7 +47,8 @@ class Emu35RMSNorm(Qwen3RMSNorm):
     """Qwen3's, as one operation: a step of decoding is made of little else than the overhead of small ones."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        # Under autocast, weights may be float32 and states not: like Qwen3's, the result is then float32.
+        return F.rms_norm(hidden_states.to(self.weight.dtype), self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class Emu35RotaryEmbedding(Qwen3RotaryEmbedding):
@@ -507,8 +508,8 @@ def _project(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden_states @ weight.T`, in the order that is fast."""
     on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
     if on_cpu and hidden_states.ndim == 2 and 0 < len(hidden_states) <= 32:
-        # Few rows against a tall matrix in float32: 1.5 to 7 times faster on a CPU with the matrix on the left. A single
-        # row would be a product with a vector, which has one thread: 10 ms instead of 2.5 over 131,072 x 256.
+        # Few rows against a tall matrix in float32: 1.5 to 7 times faster on a CPU with the matrix on the left. A
+        # single row would be a product with a vector, which has one thread: 10 ms instead of 2.5 over 131,072 x 256.
         rows = hidden_states if len(hidden_states) > 1 else hidden_states.repeat(2, 1)
         return (weight @ rows.t()).t()[: len(hidden_states)].contiguous()
     return F.linear(hidden_states, weight)

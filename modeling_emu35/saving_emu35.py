@@ -13,6 +13,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from .adapters_emu35 import adapter_layers, without_adapters
+
 _WEIGHTS_FILE = re.compile(
     r"model(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(?P<index_variant>[^.]+))?\.json)?"
 )
@@ -113,10 +115,14 @@ class AtomicSaveMixin:
         if push_to_hub:
             kwargs.setdefault("repo_id", target.name)
         staging = _staging_directory(target, "save")
+        # One that is loaded but not active, like DiDA's, is no part of the model.
+        layers = adapter_layers(self)
+        inactive = layers and not any(layer.active_adapters for layer in layers)
         try:
-            super().save_pretrained(
-                staging, is_main_process=is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
-            )
+            with without_adapters(self) if inactive else contextlib.nullcontext():
+                super().save_pretrained(
+                    staging, is_main_process=is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
+                )
             _make_durable(staging)
             _replace(staging, target, remove=_stale_weights(staging, target))
             _sync(target)

@@ -3,6 +3,7 @@
     emu35 eval --task t2i --num 600 --seed 1       # prompts -> images -> checker
     emu35 eval --task vqa --num 600 --seed 1       # images + questions -> answers, compared exactly
     emu35 eval --task reconstruction --num 1000    # images -> codes -> images -> checker
+    emu35 eval --task t2i --image-decoder dida --steps 8   # the same, in 8 passes an image
     emu35 eval --task story --num 300 --seed 1     # episodes: x2i, story, howto, explore, vla, multi_vqa, chat
 
 Scenes, captions and questions are drawn afresh from the seed. Training draws from other streams of random numbers and
@@ -48,6 +49,10 @@ TASKS = ("t2i", "vqa", "reconstruction", *EPISODES)
 _TEXT_TASKS = ("vqa", "multi_vqa")
 _TEMPLATES = {"multi_vqa": "vqa"}
 """Tasks of the world whose prompt has another name."""
+_DECODER_SETTINGS = {
+    "speculative": ("speculative_window", "coupling"),
+    "dida": ("num_inference_steps", "guidance_scale_end", "guidance_cutoff"),
+}
 _NUM_SAMPLES = 12
 _NUM_EPISODES = 6
 _STREAM = 90210  # keeps the scenes of an evaluation apart from those of training with the same seed
@@ -115,7 +120,10 @@ def evaluate(
     if guidance_scale is not None:
         settings["guidance_scale"] = guidance_scale
     config = model.generation_config.with_settings(_TEMPLATES.get(task, task), **settings)
-    names = ("guidance_scale", "image_top_k", "image_top_p", "image_temperature") if task not in _TEXT_TASKS else ()
+    names = ()
+    if task not in _TEXT_TASKS:
+        names = ("guidance_scale", "image_top_k", "image_top_p", "image_temperature", "image_decoder")
+        names += _DECODER_SETTINGS.get(config.image_decoder, ())
     names += ("top_k", "top_p", "temperature") if task != "t2i" else ()
     result["settings"] = {name: getattr(config, name) for name in (*names, "do_sample")}
     run = _Evaluation(model, processor, seed, batch_size, settings, progress, samples_path)

@@ -285,7 +285,8 @@ def test_qwen3_loads_without_this_package(released, tmp_path):
     """In a process of its own, where nothing of ours was imported."""
     output = convert(released, tmp_path / "out", target="qwen3", progress=False)
     code = (
-        "import sys, torch, transformers; m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='float32');"
+        "import sys, torch, transformers;"
+        "m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='float32');"
         "assert not any(n.split('.')[0] == 'emu35' for n in sys.modules);"
         "torch.save(m(torch.arange(6)[None]).logits, sys.argv[2])"
     )

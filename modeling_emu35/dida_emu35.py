@@ -1,0 +1,362 @@
+"""The `dida` image decoder: all codes of an image at once, refined in a few denoising steps.
+
+Discrete diffusion adaptation (arXiv 2510.26583, section 4.3). What stands before an image's IMG is computed once, like
+all text, by the model as it is. A denoising step then computes only the *block*
+
+    IMG x_0 x_1 ... EOL x_w ... x_{n-1}
+
+of noisy codes x against that cache, with the adapter on: its tokens have the positions of the clean tokens they stand
+for, and see the prefix and each other in both directions. The output at the token before x_i predicts code i. The
+cache never keeps a block. When the image is done, its clean tokens are left pending, so that the next pass computes
+them causally, as if `ar` had made them.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from .adapters_emu35 import adapter_layers
+from .decoding_emu35 import ImageRequest, ImageStatistics, TokenStream, execution_device
+from .sampling_emu35 import Generators, check_scores, guide, is_damaged
+
+#: Name that the adapter is loaded under.
+ADAPTER = "dida"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "scheduler_config.json")
+
+#: Bytes of float32 logits that are filtered together.
+LOGIT_CHUNK_BYTES = 512 * 2**20
+
+
+class DidaMixin:
+    """The adapter and the scheduler of a model that decodes images with `dida`."""
+
+    #: What `image_decoder="dida"` takes its steps with; [`load_dida_adapter`] sets it.
+    dida_scheduler = None
+
+    def load_dida_adapter(self, folder: str | Path):
+        """Loads a DiDA adapter, and the scheduler that was saved with it, into `dida_scheduler`.
+
+        The adapter is active in denoising passes only: text and images of other decoders stay the same to the bit.
+        One that was loaded before is replaced. The model is in evaluation mode afterwards.
+
+        Args:
+            folder: holds `adapter_config.json`, `adapter_model.safetensors` (PEFT) and `scheduler_config.json`.
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if adapter or scheduler belong to another model.
+            ImportError: if `peft` is not installed.
+        """
+        folder = Path(folder)
+        missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} is no DiDA adapter: it lacks {', '.join(missing)}. Train one with `emu35 train "
+                "training/recipes/tiny-dida.yaml`; the tiny model's is `emu35.TINY_DIDA`."
+            )
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+            names = list(tensors.keys())
+        outside = [name for name in names if "lm_head" in name or "vision_tokenizer" in name]
+        if outside:
+            raise ValueError(
+                f"the adapter in {folder} changes {outside[0]}. A DiDA adapter may change the decoder only "
+                "(`model.layers`)."
+            )
+        scheduler = self._checked_scheduler(_scheduler_class().from_pretrained(folder))
+        if ADAPTER in getattr(self, "peft_config", {}):
+            self.delete_adapter(ADAPTER)
+        active = {layer: layer.active_adapters for layer in adapter_layers(self)}
+        conversions = getattr(self, "_weight_conversions", None)
+        try:
+            problems = self.load_adapter(str(folder), adapter_name=ADAPTER)
+            # It leaves those of the adapter, by which the model's own tensors would be saved under wrong names.
+            self._weight_conversions = conversions
+        except RuntimeError as error:  # tensors of other shapes
+            self._drop_adapter(active)
+            raise ValueError(f"the adapter in {folder} does not fit this model: {error}") from error
+        self._drop_adapter(active, keep=True)
+        # Tensors of other adapters count as missing there.
+        wrong = sorted(name for name in problems.missing_keys if f".{ADAPTER}." in name)
+        wrong += sorted(problems.unexpected_keys)
+        if wrong:
+            self._drop_adapter(active)
+            raise ValueError(
+                f"the adapter in {folder} does not fit this model: {len(wrong)} tensors, like {wrong[0]}."
+            )
+        self.dida_scheduler = scheduler
+
+    def _drop_adapter(self, active: dict[nn.Module, list[str]], keep: bool = False):
+        """Makes the adapters active that were so before; `keep=False`: also removes what has been loaded."""
+        for layer in adapter_layers(self):
+            layer._active_adapter = active.get(layer, [])
+        if not keep:
+            self.delete_adapter(ADAPTER)
+
+    def find_dida_scheduler(self, scheduler, allow_unadapted: bool):
+        """The scheduler that a call of `generate` uses, checked."""
+        adapted = self.config.dida_adapted or ADAPTER in getattr(self, "peft_config", {})
+        if not adapted and not allow_unadapted:
+            raise ValueError(
+                '`image_decoder`="dida" needs a model that was adapted to it, and this one has no adapter. Load one: '
+                "`model.load_dida_adapter(FOLDER)`; the tiny model's is `emu35.TINY_DIDA`; `emu35 train "
+                "training/recipes/tiny-dida.yaml` trains it. `allow_unadapted=True` runs without, for what it is "
+                "worth."
+            )
+        if scheduler is not None:
+            return self._checked_scheduler(scheduler)
+        if self.dida_scheduler is None and self.config.dida_adapted:
+            folder = Path(self.name_or_path)
+            if not (folder / ADAPTER_FILES[-1]).is_file():
+                raise ValueError(
+                    f"the checkpoint has no {ADAPTER_FILES[-1]}, which says how it was adapted. Give the scheduler: "
+                    "`generate(scheduler=...)`."
+                )
+            self.dida_scheduler = self._checked_scheduler(_scheduler_class().from_pretrained(folder))
+        if self.dida_scheduler is None:
+            return self._checked_scheduler(_scheduler_class()(num_codes=self.config.token_layout.num_visual_tokens))
+        return self.dida_scheduler
+
+    def _checked_scheduler(self, scheduler):
+        """The scheduler, with this model's codebook. Raises a ValueError if it is of another model, or is none."""
+        layout = self.config.token_layout
+        if not isinstance(scheduler, _scheduler_class()):
+            raise ValueError(f"`scheduler` must be a `DiDAScheduler`, got {type(scheduler).__name__}.")
+        if scheduler.config.num_codes != layout.num_visual_tokens:
+            raise ValueError(
+                f"the scheduler has `num_codes`={scheduler.config.num_codes}, but the model "
+                f"{layout.num_visual_tokens} visual tokens. They don't belong together."
+            )
+        if scheduler.mask_code is not None and layout.image_placeholder_token_id is None:
+            raise ValueError(
+                "the scheduler's `path`='absorbing' writes masked codes as the image placeholder, which this model's "
+                "token layout does not name."
+            )
+        if scheduler.config.path == "metric" and self.vision_tokenizer is not None:
+            # Not its weight: offloading brings that in around `forward` only.
+            codebook = self.vision_tokenizer.quantize.embedding
+            with torch.no_grad():
+                scheduler.set_codebook(
+                    codebook(torch.arange(codebook.num_embeddings, device=execution_device(codebook)))
+                )
+        return scheduler
+
+
+def _scheduler_class() -> type:
+    try:
+        from emu35.pipelines.scheduling_dida import DiDAScheduler
+    except ImportError as error:
+        raise ImportError('`image_decoder`="dida" needs the whole package: `pip install emu35`.') from error
+    return DiDAScheduler
+
+
+@contextlib.contextmanager
+def dida_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the DiDA adapter is active, beside those that already were. Without one, nothing changes.
+
+    Raises:
+        ValueError: if another adapter is merged into the weights, beside which PEFT computes no second one.
+    """
+    before = []
+    try:
+        for layer in adapter_layers(model):
+            if ADAPTER not in layer._all_available_adapter_names():
+                continue
+            if layer.merged:
+                raise ValueError(
+                    f"the adapters {layer.merged_adapters} are merged into the weights. Unmerge them before decoding "
+                    "with `dida`."
+                )
+            before.append((layer, layer._active_adapter, layer._disable_adapters))
+            # Not `set_adapter`, which also decides what is trained.
+            layer._active_adapter = [*([] if layer._disable_adapters else layer.active_adapters), ADAPTER]
+            layer._disable_adapters = False
+        yield
+    finally:
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+@torch.no_grad()
+def decode_dida(stream: TokenStream, request: ImageRequest) -> torch.LongTensor:
+    """The `dida` decoder: one pass a denoising step.
+
+    Given codes stay in their places in every step, and all others see them, those below and to the right too.
+    `request.on_codes` gets the codes after the last step, except for those that every row is given at the beginning.
+    Stopped before that, an image has only those.
+
+    Args:
+        stream (`TokenStream`):
+            rows of the conditional stream, then those of the unconditional ones. Holds (or has pending) everything up
+            to IMG, and `request.num_cached` is 0. Afterwards IMG and the codes are pending, but no EOI.
+        request (`ImageRequest`):
+            its `scheduler` (a `DiDAScheduler` that has its codebook) makes `num_inference_steps` steps. The guidance
+            scale at time t is `guidance_scale + t * (guidance_scale_end - guidance_scale)`; from `guidance_cutoff` on
+            there is none, and the unconditional rows are left out. The sampler's filters come before the scheduler.
+    Returns:
+        `torch.LongTensor` of shape `(batch, codes)`: all codes of the grid, given ones included.
+    Raises:
+        ValueError: for NaN or infinite logits.
+    """
+    return _Denoising(stream, request).run()
+
+
+class _Denoising:
+    """The state of one call.
+
+    Attributes:
+        given, fixed (`(batch, total)`): codes of the grid that are settled, -1 elsewhere; and where.
+        block (`(batch, columns)`): ids of the block, without the noisy codes.
+        places (`(total,)`): columns of the block whose outputs predict the codes, which stand one further.
+    """
+
+    def __init__(self, stream: TokenStream, request: ImageRequest):
+        self.stream, self.request, self.scheduler = stream, request, request.scheduler
+        self.model, self.layout = stream.model, stream.model.config.token_layout
+        self.batch, self.device = len(request.given), stream.device
+        self.num_streams = stream.num_rows // self.batch
+        height, width = request.token_height, request.token_width
+        self.total = height * width
+        self.given = request.given.to(self.device)
+        self.fixed = self.given >= 0
+        places = torch.arange(self.total, device=self.device)
+        self.places = places + places // width
+        self.block = torch.full((self.batch, height * (width + 1)), self.layout.eol_token_id, device=self.device)
+        self.block[:, 0] = self.layout.img_token_id
+
+    def run(self) -> torch.LongTensor:
+        request = self.request
+        self._take_back_img()
+        known = (request.given >= 0).all(0)
+        stop = self.total if request.max_codes is None else min(self.total, request.max_codes)
+        codes = self.given
+        emitted, stopped = self._emit(codes, 0, min(int(known.long().cumprod(0).sum()), stop))
+        if not stopped and not known.all():
+            codes, stopped = self._denoise()
+        if not stopped:
+            emitted, _ = self._emit(codes, emitted, stop)
+        length = 1 + emitted + min(emitted // request.token_width, request.token_height - 1)
+        self.stream.append(self._ids(codes)[:, :length].repeat(self.num_streams, 1))
+        request.statistics = [ImageStatistics(self.stream.num_passes)] * self.batch
+        return codes[:, :emitted]
+
+    def _denoise(self) -> tuple[torch.LongTensor, bool]:
+        """Codes `(batch, total)` after the last step, or after the one that was told to stop."""
+        request, scheduler = self.request, self.scheduler
+        if self.stream.num_pending:
+            self.stream.compute()
+        prefix = _Prefix(self.stream, self.block.shape[1])
+        scheduler.set_timesteps(request.num_inference_steps, device=self.device)
+        generator = self._generators()
+        codes = scheduler.initial_codes((self.batch, self.total), generator, self.device)
+        codes = torch.where(self.fixed, self.given, codes)
+        kept = None
+        cutoff = 1.0 if request.guidance_cutoff is None else request.guidance_cutoff  # no step begins at 1
+        for step, t in enumerate(scheduler.timesteps):
+            if prefix.num_rows > self.batch and float(t) >= cutoff:
+                prefix = _Prefix(self.stream.rows(range(self.batch)), self.block.shape[1])
+            scores = self._scores(prefix, codes, float(t))
+            output = scheduler.step(scores, t, codes, generator, fixed=self.fixed, kept=kept)
+            codes, kept = output.prev_sample, output.kept
+            if request.on_step is not None:
+                shown = codes
+                if scheduler.mask_code is not None:
+                    shown = torch.where(codes == scheduler.mask_code, output.pred_original_sample, codes)
+                request.on_step(step, shown.view(self.batch, request.token_height, request.token_width))
+            if request.should_stop is not None and request.should_stop():
+                return codes, True
+        return codes, False
+
+    def _scores(self, prefix: "_Prefix", codes: torch.LongTensor, t: float) -> torch.Tensor:
+        """Guided and filtered log-probabilities `(batch, total, num_visual_tokens)` of the codes, by one pass."""
+        request = self.request
+        num_streams = prefix.num_rows // self.batch
+        with dida_adapter(self.model):
+            hidden_states = prefix.compute(self._ids(codes).repeat(num_streams, 1))
+        self.stream.num_passes += 1
+        guidance_scale = request.guidance_scale
+        if request.guidance_scale_end is not None:
+            guidance_scale += (request.guidance_scale_end - guidance_scale) * t
+        hidden_states = hidden_states[:, self.places.to(hidden_states.device)]
+        # The output matrix is linear, so guidance comes before it.
+        guided = guide(hidden_states.chunk(num_streams), guidance_scale, request.image_guidance_scale)
+        guided = guided.to(hidden_states.dtype)
+        num_codes = self.layout.num_visual_tokens
+        scores = torch.empty(self.batch, self.total, num_codes, device=self.device)
+        damaged = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+        for part in torch.arange(self.total).split(max(1, LOGIT_CHUNK_BYTES // (4 * self.batch * num_codes))):
+            columns = slice(int(part[0]), int(part[-1]) + 1)
+            logits = self.model.compute_logits(guided[:, columns], vocabulary="visual").to(self.device)
+            damaged |= is_damaged(logits.flatten(0, 1)).view(self.batch, -1).any(-1)
+            scores[:, columns] = request.sampler.distribution(logits.float()).log_()
+        check_scores(damaged)
+        return scores
+
+    def _ids(self, codes: torch.LongTensor) -> torch.LongTensor:
+        """The block `(batch, columns)` with these codes in it."""
+        ids = codes + self.layout.visual_token_offset
+        if self.scheduler.mask_code is not None:
+            ids = torch.where(codes == self.scheduler.mask_code, self.layout.image_placeholder_token_id, ids)
+        block = self.block.clone()
+        block[:, self.places + 1] = ids
+        return block
+
+    def _emit(self, codes: torch.LongTensor, first: int, end: int) -> tuple[int, bool]:
+        """Hands on codes `first` to `end`; returns how far it came, and whether to stop there."""
+        request = self.request
+        if request.on_codes is None:
+            return end, False
+        for index in range(first, end):
+            request.on_codes(codes[:, index])
+            if request.should_stop is not None and request.should_stop():
+                return index + 1, True
+        return end, False
+
+    def _generators(self) -> Generators:
+        """None for rows that are given as a whole, in whatever batch."""
+        if not isinstance(self.request.generator, Sequence):
+            return self.request.generator
+        complete = (self.request.given >= 0).all(1).tolist()
+        return [None if skip else one for skip, one in zip(complete, self.request.generator, strict=True)]
+
+    def _take_back_img(self):
+        """Leaves the stream with what stands before IMG: the block has an IMG of its own."""
+        ids, mask = self.stream._pending()
+        if ids.shape[1]:
+            self.stream.pending = [(ids[:, :-1], mask[:, :-1])]
+        else:
+            self.stream.truncate(self.stream.lengths - 1)
+
+
+class _Prefix:
+    """What blocks are computed against: the cache of a stream, which stays as it is."""
+
+    def __init__(self, stream: TokenStream, columns: int):
+        self.model, self.cache, self.num_rows = stream.model.model, stream.cache, stream.num_rows
+        new = torch.ones(self.num_rows, columns, dtype=torch.bool, device=stream.device)
+        self.position_ids = stream.lengths[:, None] + new.cumsum(-1) - 1
+        # All tokens of a block see the same columns, so that this is no more than a mask of padding, which every
+        # attention implementation has a form for. Without padding there is none.
+        mask = create_bidirectional_mask(
+            self.model.config,
+            torch.empty(self.num_rows, columns, 1, dtype=self.model.dtype, device=stream.device),
+            torch.cat([stream.cached_mask, new], dim=1),
+            past_key_values=self.cache,
+        )
+        self.attention_mask = dict.fromkeys(self.model.config.layer_types, mask)
+
+    def compute(self, ids: torch.LongTensor) -> torch.Tensor:
+        """Final hidden states `(rows, columns, hidden_size)` of a block `(rows, columns)`."""
+        hidden_states = self.model(
+            input_ids=ids,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            is_causal=False,  # what no mask would mean otherwise
+        ).last_hidden_state
+        self.cache.crop(-ids.shape[1])
+        return hidden_states
