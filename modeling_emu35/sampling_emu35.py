@@ -32,8 +32,8 @@ class Sampler:
             probabilities `(..., k)`, and their columns `(..., k)` in `logits` (`None`: all, in order).
         """
         values, columns = logits.float(), None
-        if self.temperature is not None:
-            values = values / self.temperature
+        if self.temperature is not None:  # the largest becomes 0, so that the smallest temperatures overflow nothing
+            values = (values - values.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(values.dtype).tiny)
         has_top_p = self.top_p is not None and self.top_p < 1
         if self.top_k and self.top_k < values.shape[-1]:
             values, columns = values.topk(self.top_k)  # sorted, so top-p needs no sort of its own
