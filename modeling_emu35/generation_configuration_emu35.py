@@ -123,9 +123,9 @@ class Emu35GenerationConfig(GenerationConfig):
         image_area (`int`): pixels that `aspect_ratio` aims at.
         keep_image_size (`bool`): further images of an answer have the size of its first one.
         max_images (`int`): images of one interleaved answer; after that only text follows.
-        cache_implementation (`str`): "dynamic", or "static": the `ar` decoder's steps are compiled, on a GPU into CUDA
-            graphs. The first image takes as long as compiling does. `compile_config` ([`CompileConfig`]) says how;
-            `disable_compile=True` leaves the static cache alone.
+        cache_implementation (`str`): "dynamic", or "static": the passes of "ar" and "speculative" are compiled, on a
+            GPU into CUDA graphs. The first image takes as long as compiling does. `compile_config`
+            ([`CompileConfig`]) says how; `disable_compile=True` leaves the static cache alone.
         max_new_tokens (`int`): tokens after the prompt, those of images included. `None`: up to the context's end.
         task_defaults (`dict`): task -> settings that replace the ones above when `generate(task=...)` names the task.
     """
@@ -161,10 +161,10 @@ class Emu35GenerationConfig(GenerationConfig):
             raise ValueError(f"`coupling` must be one of {COUPLINGS}, got {self.coupling!r}.")
         if self.cache_implementation not in (None, *CACHES):
             raise ValueError(f"`cache_implementation` must be one of {CACHES}, got {self.cache_implementation!r}.")
-        if self.cache_implementation == "static" and self.image_decoder != "ar":
+        if self.cache_implementation == "static" and self.image_decoder == "dida":
             raise ValueError(
-                '`cache_implementation`="static" is for `image_decoder`="ar", whose passes all have the same width; '
-                f'got {self.image_decoder!r}. Use "dynamic".'
+                '`cache_implementation`="static" is for decoders that add to the cache in every pass, not for '
+                '`image_decoder`="dida". Use "dynamic".'
             )
         for name in ("temperature", "image_temperature"):
             value = getattr(self, name)

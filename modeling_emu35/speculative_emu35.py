@@ -29,8 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .decoding_emu35 import ImageRequest, ImageStatistics, TokenStream
-from .sampling_emu35 import Generators, Sampler, check_scores, draw, guide, is_damaged, uniform
+from .decoding_emu35 import ImageRequest, ImageStatistics, TokenStream, guided_logits
+from .sampling_emu35 import Generators, Sampler, check_scores, draw, is_damaged, uniform
 
 #: Guesses a pass unless `speculative_window` says otherwise. On a CPU, the tiny checkpoint takes 82 ms an image with
 #: 4, 72 with 8, 62 with 16, 67 with 24 (`ar`: 170); eight at a time take the same from 4 to 16, and more with 24.
@@ -173,15 +173,25 @@ class _Speculation:
         ids = self._tokens(self.cached[:, None] + offsets)
         mask = (offsets < lengths[:, None]).to(device)
         stream.append(ids.repeat(self.num_streams, 1), mask.repeat(self.num_streams, 1))
+        self._enter_static()
         hidden_states = stream.compute()
         columns = first + self._place(places) - 1 - self.cached[:, None]
         columns = columns.clamp(0, hidden_states.shape[1] - 1).repeat(self.num_streams, 1)
         hidden_states = hidden_states.gather(
             1, columns.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[-1])
         )
-        logits = stream.model.compute_logits(hidden_states.flatten(0, 1), vocabulary="visual")
-        guided = guide(logits.chunk(self.num_streams), request.guidance_scale, request.image_guidance_scale)
-        return guided.to(device).view(*places.shape, -1)
+        scores = guided_logits(stream.model, hidden_states.flatten(0, 1), self.num_streams, request)
+        return scores.to(device).view(*places.shape, -1)
+
+    def _enter_static(self):
+        """Once the prefix is computed, all passes are at most as wide as a window and the EOLs in it."""
+        stream = self.stream
+        if self.request.cache_implementation != "static" or stream.static is not None or not stream.num_cached:
+            return
+        width = self.window + 1 + (self.window + 1) // self.width + 1
+        # Besides what is left of the grid, columns are masked where rows advance by different lengths.
+        room = int((self.num_tokens - self.cached).max()) + max(64, stream.num_cached // 3)
+        stream.enter_static(room, (width,), self.request.compile_config)
 
     def _tokens(self, places: torch.LongTensor) -> torch.LongTensor:
         """Ids at these places `(batch, n)` (CPU) among the tokens of the grid."""
@@ -274,6 +284,7 @@ class _Speculation:
         if not self.stream.num_pending:  # there was a pass; without one, the stream ends where the given codes end
             kept = kept.clamp(max=int(self._place(torch.tensor(max(emitted - 1, 0)))))
             self.stream.truncate((self.before + kept.repeat(self.num_streams)).to(self.stream.device))
+        self.stream.leave_static()
         tokens = self._tokens(torch.arange(end).expand(self.batch, -1)).tolist()
         rows = [own[first:] for own, first in zip(tokens, kept.tolist(), strict=True)]
         if any(rows):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from emu35.cache_emu35 import GrowingCache
+from emu35.static_decoding_emu35 import StaticDecoder
 from test_generation import GUIDANCE
 from test_image_mask import complete, mask_of, random_codes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,6 +99,22 @@ def test_static_equals_dynamic(model, guidance):
     assert static.num_forward_passes == dynamic.num_forward_passes
 
 
+@pytest.mark.parametrize("coupling", ["none", "gumbel"])
+def test_speculative_static_equals_dynamic(model, coupling, monkeypatch):
+    """Rows advance by different lengths, and what a pass computed in vain is dropped again."""
+    settings = {"rows": (0, 1, 2), "guidance": "one", "height": 24, "width": 20}
+    settings |= {"image_decoder": "speculative", "coupling": coupling, "speculative_window": 5}
+    expected, dynamic = complete(model, **settings)
+    widths = []
+    step = StaticDecoder.__call__
+    monkeypatch.setattr(StaticDecoder, "__call__", lambda *args: widths.append(args[1].shape[1]) or step(*args))
+    made, static = complete(model, **settings, **STATIC)
+    assert all(torch.equal(*pair) for pair in zip(made, expected, strict=True))
+    assert static.num_forward_passes == dynamic.num_forward_passes
+    assert len(widths) == static.num_forward_passes - 1  # all but that of the prefix
+    assert len(set(widths)) > 1
+
+
 def test_static_with_given_codes(model):
     """A row that is given makes a pass wider than the static steps are."""
     settings = {"image": random_codes(model, 4, 5), "mask": mask_of("xx.xx/...../.xxx./xxxxx")}
@@ -130,8 +147,8 @@ def test_the_static_cache_is_kept_while_it_fits(tiny_model):
 def test_static_refuses_what_it_cannot_do(tiny_model):
     with pytest.raises(ValueError, match=r"`cache_implementation` must be one of .*'paged'"):
         complete(tiny_model, height=16, width=16, cache_implementation="paged")
-    with pytest.raises(ValueError, match=r'"static" is for `image_decoder`="ar".*speculative'):
-        complete(tiny_model, height=16, width=16, image_decoder="speculative", **STATIC)
+    with pytest.raises(ValueError, match=r'"static" is for decoders that add to the cache'):
+        complete(tiny_model, height=16, width=16, image_decoder="dida", **STATIC)
     tiny_model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r'needs the attention implementation "sdpa".*eager'):
         complete(tiny_model, height=16, width=16, **STATIC)
