@@ -4,6 +4,8 @@
     vision  quantisation of 64 x 64 codes against softmax + one-hot: time, memory, same codes
     loss    memory of the loss of 4,096 tokens over 282,926 logits each, forward and backward
     start   a first picture from a cold start, by the shipped tiny model
+    decode  the image decoders: passes and seconds an image, accepted guesses (`bench_decode_emu35`)
+    dida    parallel decoding beside `ar`: passes and seconds an image, by size of the image (`bench_dida_emu35`)
 
 Both sides of a ratio are measured in the same run; see `bench_memory_emu35` for how memory is.
 """
@@ -22,12 +24,15 @@ import transformers
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
+from .bench_decode_emu35 import bench_decode, decode_tables, decode_targets
+from .bench_dida_emu35 import bench_dida, dida_tables, dida_targets
 from .bench_memory_emu35 import TINY_DECODER, bench_loss, bench_vision, build_model, timed
 from .configuration_emu35 import Emu35TextConfig
 from .modeling_emu35 import Emu35ForConditionalGeneration
 
-PARTS = ("image", "vision", "loss", "start")
-SIZES = ("tiny", "34b")
+PARTS = ("image", "vision", "loss", "start", "decode", "dida")
+#: Parts by size.
+SIZES = {"tiny": PARTS, "34b": ("image", "dida")}
 
 BATCH_SIZES = (1, 4, 8, 16)
 #: Codes of the image, height x width: as many row ends a code as in a 64 x 64 image.
@@ -50,7 +55,7 @@ def run_benchmark(
 
     Args:
         parts (`Sequence[str]`): of `PARTS`; default: all that `size` has.
-        size (`str`): "tiny", or "34b": the released size with random weights, on a GPU ("image" only).
+        size (`str`): "tiny", or "34b": the released size with random weights, on a GPU ("image" and "dida").
         quick (`bool`): fewer repetitions, smaller inputs. The targets are not judged then.
         device (`str`), dtype (`torch.dtype`, *optional*): default float32 for "tiny" on a CPU, else bfloat16.
         seed (`int`): of weights and inputs.
@@ -61,12 +66,13 @@ def run_benchmark(
     """
     if size not in SIZES:
         raise ValueError(f"`size` must be one of {', '.join(SIZES)}, got {size!r}.")
-    parts = tuple(parts) or (PARTS if size == "tiny" else ("image",))
+    parts = tuple(parts) or SIZES[size]
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ValueError(f"`parts` must be of {', '.join(PARTS)}, got {unknown[0]!r}.")
-    if size != "tiny" and parts != ("image",):
-        raise ValueError(f"`size`={size!r} has the part image only, got {', '.join(parts)}.")
+    unknown = [part for part in parts if part not in SIZES[size]]
+    if unknown:
+        raise ValueError(f"`size`={size!r} has the parts {', '.join(SIZES[size])} only, got {unknown[0]!r}.")
     if dtype is None:
         dtype = torch.float32 if size == "tiny" and torch.device(device).type == "cpu" else torch.bfloat16
     if size == "34b":
@@ -77,6 +83,8 @@ def run_benchmark(
         "vision": lambda: bench_vision(quick, device, seed),
         "loss": lambda: bench_loss(quick, device, seed),
         "start": bench_start,
+        "decode": lambda: bench_decode(quick, device, dtype, seed),
+        "dida": lambda: bench_dida(size, quick, device, dtype, seed, memory_bandwidth(device)),
     }
     with tqdm(parts, disable=None, unit="part") as bar:
         for part in bar:
@@ -290,6 +298,10 @@ def _targets(results: dict[str, Any]) -> list[dict[str, Any]]:
     if "seconds" in results.get("start", {}):
         seconds = results["start"]["seconds"]
         rows.append(("start: seconds to a first picture", "<= 15", seconds, seconds <= 15))
+    if "decode" in results:
+        rows += decode_targets(results["decode"])
+    if "dida" in results:
+        rows += dida_targets(results["dida"])
     return [
         {"name": name, "target": target, "value": value, "reached": reached} for name, target, value, reached in rows
     ]
@@ -338,6 +350,9 @@ def format_results(results: dict[str, Any]) -> str:
         start = results["start"]
         seconds = f"{start['seconds']:.1f} s" if "seconds" in start else f"skipped: {start['skipped']}"
         lines += ["", f"first picture from a cold start: {seconds}"]
+    for part, tables in (("decode", decode_tables), ("dida", dida_tables)):
+        for title, head, rows in tables(results[part]) if part in results else ():
+            lines += ["", title, *(_table(head, rows) if head else ())]
     if results["targets"]:
         rows = [
             [row["name"], row["target"], f"{row['value']:.3g}", "yes" if row["reached"] else "NO"]

@@ -111,6 +111,7 @@ def _build_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     _add_train(add)
+    _add_distill(add)
     _add_eval(add)
     _add_bench(add)
     return parser
@@ -207,7 +208,7 @@ def _add_train(add):
     command = add(
         "train",
         _train,
-        "train a model from nothing, or go on with a run that was stopped",
+        "train a model from nothing or adapt one, or go on with a run that was stopped",
         "emu35 train training/recipes/tiny.yaml",
     )
     command.add_argument("recipe", help="YAML file; those of this project are in training/recipes/")
@@ -215,6 +216,32 @@ def _add_train(add):
     command.add_argument("--export", metavar="DIR", help="the finished model, instead of where the recipe says")
     command.add_argument("--restart", action="store_true", help="start from nothing, whatever the output folder holds")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, auto")
+
+
+def _add_distill(add):
+    command = add(
+        "distill",
+        _distill,
+        "make a model's own answers into training sequences, or go on with a run that was stopped",
+        "emu35 distill --task t2i --num 20000 --image-top-k 1 --out runs/distilled",
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for the files; a recipe names it")
+    command.add_argument("--task", default="t2i", help="one whose answers have images (default: %(default)s)")
+    command.add_argument("--num", type=_positive, default=20000, metavar="N", help="prompts (default: %(default)s)")
+    command.add_argument("--prompts", metavar="FILE", help="t2i: one a line, instead of captions of the tiny world")
+    command.add_argument(
+        "--full-captions",
+        type=float,
+        default=0.25,
+        metavar="X",
+        help="t2i: share of captions that fix the whole scene (default: %(default)s)",
+    )
+    command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: %(default)s")
+    command.add_argument("--guidance-scale", type=float, metavar="X", help="default: the checkpoint's")
+    command.add_argument("--image-top-k", type=int, metavar="K", help="default: the checkpoint's")
+    command.add_argument("--image-top-p", type=float, metavar="P", help="default: the checkpoint's")
+    command.add_argument("--image-temperature", type=float, metavar="T", help="default: the checkpoint's")
+    _add_model_options(command)
 
 
 def _add_eval(add):
@@ -241,7 +268,16 @@ def _add_eval(add):
     command.add_argument(
         "--sweep", type=_sweep, metavar="NAME=V,V,...", help="t2i at several values, like guidance_scale=1,1.5,2,3"
     )
-    command.add_argument("--plot", metavar="FILE", help="draw what --sweep measures (needs matplotlib)")
+    command.add_argument(
+        "--compare-decoders",
+        nargs="*",
+        metavar="NAME=DIR",
+        help="t2i with every image decoder, by accuracy and time; dida with these adapters (for the tiny model: the "
+        "one shipped with it). What --output holds already is not measured again",
+    )
+    command.add_argument(
+        "--plot", metavar="FILE", help="draw what --sweep or --compare-decoders measures (needs matplotlib)"
+    )
     command.add_argument("--samples", metavar="FILE", help="write a PNG of the first images or episodes")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
     _add_image_decoder(command)
@@ -255,11 +291,11 @@ def _add_bench(add):
         "measure speed and memory against the straightforward way",
         "emu35 bench image vision --output bench.json",
     )
-    command.add_argument("parts", nargs="*", metavar="PART", help="image, vision, loss, start, decode (default: all)")
+    command.add_argument("parts", nargs="*", metavar="PART", help="image, vision, loss, start, decode, dida")
     command.add_argument("--size", choices=("tiny", "34b"), default="tiny", help="34b: the released size, on a GPU")
     command.add_argument("--quick", action="store_true", help="smaller inputs, once; targets are not judged")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
-    command.add_argument("--plots", metavar="DIR", help="draw what the part decode measures (needs matplotlib)")
+    command.add_argument("--plots", metavar="DIR", help="draw what decode and dida measure (needs matplotlib)")
     _add_seed(command)
     _add_device(command)
 
@@ -513,12 +549,28 @@ def _train(args: argparse.Namespace):
     print(f"{folder}: the finished model")
 
 
+def _distill(args: argparse.Namespace):
+    folder = _folder_path(args.out, "--out")
+    prompts = None
+    if args.prompts is not None:
+        prompts = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    settings = _settings(args, "guidance_scale", "image_top_k", "image_top_p", "image_temperature")
+    model, processor = _load(args)
+    from emu35.training.distill import distill
+
+    numbers = {"num": args.num, "seed": args.seed, "batch_size": args.batch_size, "full_captions": args.full_captions}
+    files = distill(model, processor, folder, args.task, prompts=prompts, **numbers, **settings)
+    print(f"{folder}: {_count(len(files), 'file')}")
+
+
 def _eval(args: argparse.Namespace):
     output = None if args.output is None else _file_path(args.output)
     plot = None if args.plot is None else _image_path(args.plot, "--plot")
     samples = None if args.samples is None else _image_path(args.samples, "--samples")
+    if args.compare_decoders is not None:
+        return _compare_decoders(args, output, plot)
     if plot is not None and args.sweep is None:
-        raise ValueError("--plot draws what --sweep measures. Give both.")
+        raise ValueError("--plot draws what --sweep or --compare-decoders measures. Give one of them.")
     if args.sweep is not None and args.task != "t2i":
         raise ValueError("--sweep is for --task t2i.")
     if samples is not None and args.sweep is not None:
@@ -544,6 +596,38 @@ def _eval(args: argparse.Namespace):
         _write_json(output, result)
 
 
+def _compare_decoders(args: argparse.Namespace, output: Path | None, plot: Path | None):
+    others = {"task": "t2i", "sweep": None, "samples": None, "image_decoder": None, "num_held_out": None}
+    others |= dict.fromkeys(("image_top_k", "image_top_p", "window", "coupling", "steps", "adapter"))
+    for name, default in others.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--compare-decoders chooses what it measures: leave out --{name.replace('_', '-')}.")
+    adapters = dict(_named_folder(text) for text in args.compare_decoders)
+    model, processor = _load(args)
+    from emu35.training.compare_decoders import compare_decoders, format_comparison, plot_comparison
+
+    if not adapters and _is_tiny(args):
+        from emu35 import TINY_DIDA
+
+        adapters = {"dida": TINY_DIDA}
+    options = {"seed": args.seed, "batch_size": args.batch_size, "path": output}
+    options |= _settings(args, "guidance_scale")
+    results = compare_decoders(model, processor, adapters, args.num, **options)
+    print(format_comparison(results))
+    if output is not None:
+        print(f"{output}: written")
+    if plot is not None:
+        plot_comparison(results, plot)
+        print(f"{plot}: written")
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise ValueError(f"--compare-decoders names adapters like metric=runs/dida, got {text!r}.")
+    return name, folder
+
+
 def _bench(args: argparse.Namespace):
     output = None if args.output is None else _file_path(args.output)
     plots = None if args.plots is None else _plots_path(args)
@@ -556,15 +640,16 @@ def _bench(args: argparse.Namespace):
     if output is not None:
         _write_json(output, results)
     if plots is not None:
-        from emu35.bench_plots_emu35 import plot_decoders
+        from emu35.bench_plots_emu35 import plot_decoders, plot_dida
 
-        for path in plot_decoders(results["decode"], plots):
-            print(f"{path}: written")
+        for part, plot in (("decode", plot_decoders), ("dida", plot_dida)):
+            for path in plot(results[part], plots) if part in results else ():
+                print(f"{path}: written")
 
 
 def _plots_path(args: argparse.Namespace) -> Path:
-    if (args.parts or args.size != "tiny") and "decode" not in args.parts:
-        raise ValueError("--plots draws what the part decode measures. Add it: emu35 bench decode --plots DIR")
+    if (args.parts or args.size != "tiny") and not {"decode", "dida"} & set(args.parts):
+        raise ValueError("--plots draws what decode or dida measure. Add it: emu35 bench decode --plots DIR")
     if find_spec("matplotlib") is None:
         raise ValueError("--plots needs matplotlib, which is not installed: pip install matplotlib")
     return _folder_path(args.plots, "--plots")
@@ -598,13 +683,19 @@ def _load(args: argparse.Namespace):
         transformers_logging.disable_progress_bar()
     model, processor = load(args.model, args.device, args.dtype, args.load_in, args.vision_tokenizer, args.tokenizer)
     if getattr(args, "image_decoder", None) == "dida":
-        from emu35 import TINY, TINY_DIDA
+        from emu35 import TINY_DIDA
 
-        is_tiny = args.model is None or Path(args.model).resolve() == Path(TINY).resolve()
-        adapter = args.adapter or (TINY_DIDA if is_tiny else None)
+        adapter = args.adapter or (TINY_DIDA if _is_tiny(args) else None)
         if adapter is not None:
             model.load_dida_adapter(adapter)
     return model, processor
+
+
+def _is_tiny(args: argparse.Namespace) -> bool:
+    """Whether the model is the tiny one that is shipped."""
+    from emu35 import TINY
+
+    return args.model is None or Path(args.model).resolve() == Path(TINY).resolve()
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,7 +12,7 @@ them causally, as if `ar` had made them.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,9 @@ from .sampling_emu35 import Generators, check_scores, guide, is_damaged
 #: Name that the adapter is loaded under.
 ADAPTER = "dida"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "scheduler_config.json")
+
+#: Most bytes of weights that are kept with the adapter added to them.
+MERGED_BYTES = 2**30
 
 #: Bytes of float32 logits that are filtered together.
 LOGIT_CHUNK_BYTES = 512 * 2**20
@@ -153,31 +156,75 @@ def _scheduler_class() -> type:
     return DiDAScheduler
 
 
-@contextlib.contextmanager
-def dida_adapter(model: nn.Module) -> Iterator[None]:
+class dida_adapter(contextlib.AbstractContextManager):
     """Inside, the DiDA adapter is active, beside those that already were. Without one, nothing changes.
+
+    Where memory allows, layers get weights that the adapter was added to before, and give them back: two more
+    products a layer are what makes a pass with a large rank slow. May be entered again and again, since finding the
+    layers takes longer than a small model's pass.
 
     Raises:
         ValueError: if another adapter is merged into the weights, beside which PEFT computes no second one.
     """
-    before = []
-    try:
-        for layer in adapter_layers(model):
-            if ADAPTER not in layer._all_available_adapter_names():
-                continue
+
+    def __init__(self, model: nn.Module):
+        layers = [layer for layer in adapter_layers(model) if ADAPTER in layer._all_available_adapter_names()]
+        for layer in layers:
             if layer.merged:
                 raise ValueError(
                     f"the adapters {layer.merged_adapters} are merged into the weights. Unmerge them before decoding "
                     "with `dida`."
                 )
-            before.append((layer, layer._active_adapter, layer._disable_adapters))
+        merged = _merged_weights(model)
+        self.layers = [(layer, layer.get_base_layer()._parameters, merged.get(layer)) for layer in layers]
+        self.entered: list[list[tuple]] = []
+
+    def __enter__(self):
+        before: list[tuple] = []
+        self.entered.append(before)
+        for layer, parameters, merged in self.layers:
+            before.append((layer._active_adapter, layer._disable_adapters, parameters.get("weight")))
+            others = [] if layer._disable_adapters else layer.active_adapters
             # Not `set_adapter`, which also decides what is trained.
-            layer._active_adapter = [*([] if layer._disable_adapters else layer.active_adapters), ADAPTER]
-            layer._disable_adapters = False
-        yield
-    finally:
-        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = [*others, ADAPTER], False
+            if merged is not None and not others:
+                parameters["weight"], layer._disable_adapters = merged, True
+
+    def __exit__(self, *_):
+        for (layer, parameters, _), (active, disabled, weight) in zip(self.layers, self.entered.pop(), strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+            if weight is not None:
+                parameters["weight"] = weight
+
+
+def _merged_weights(model: nn.Module) -> dict[nn.Module, nn.Parameter]:
+    """Weights with the adapter in them, by layer; kept with the model until an adapter or a weight changes.
+
+    Plain matrices only, and only `MERGED_BYTES` of them: in a model of 34 B parameters a second copy of all adapted
+    matrices would take as much as the first.
+    """
+    layers = [layer for layer in adapter_layers(model) if ADAPTER in getattr(layer, "lora_A", ())]
+    plain = [layer for layer in layers if type(layer.get_base_layer()) is nn.Linear and not layer.merged]
+    plain = [layer for layer in plain if layer.get_base_layer().weight.device.type != "meta"]
+    weights = [layer.get_base_layer().weight for layer in plain]
+    known, merged = getattr(model, "_dida_weights", (None, {}))
+    if merged and all(weight is merged.get(layer) for layer, weight in zip(plain, weights, strict=True)):
+        return merged  # they are in use
+    if sum(weight.numel() * weight.element_size() for weight in weights) > MERGED_BYTES:
+        return {}
+    parts = [
+        (weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+        for weight, layer in zip(weights, plain, strict=True)
+    ]
+    state = [(part.data_ptr(), part._version) for own in parts for part in own]
+    if state != known:
+        with torch.no_grad():
+            merged = {
+                layer: nn.Parameter((weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype), False)
+                for weight, layer in zip(weights, plain, strict=True)
+            }
+        model._dida_weights = (state, merged)
+    return merged
 
 
 @torch.no_grad()
@@ -216,6 +263,9 @@ class _Denoising:
     def __init__(self, stream: TokenStream, request: ImageRequest):
         self.stream, self.request, self.scheduler = stream, request, request.scheduler
         self.model, self.layout = stream.model, stream.model.config.token_layout
+        self.adapter = dida_adapter(self.model)
+        if request.sampler.is_greedy:
+            self.scheduler = request.scheduler.greedy()
         self.batch, self.device = len(request.given), stream.device
         self.num_streams = stream.num_rows // self.batch
         height, width = request.token_height, request.token_width
@@ -274,7 +324,7 @@ class _Denoising:
         """Guided and filtered log-probabilities `(batch, total, num_visual_tokens)` of the codes, by one pass."""
         request = self.request
         num_streams = prefix.num_rows // self.batch
-        with dida_adapter(self.model):
+        with self.adapter:
             hidden_states = prefix.compute(self._ids(codes).repeat(num_streams, 1))
         self.stream.num_passes += 1
         guidance_scale = request.guidance_scale
@@ -291,7 +341,10 @@ class _Denoising:
             columns = slice(int(part[0]), int(part[-1]) + 1)
             logits = self.model.compute_logits(guided[:, columns], vocabulary="visual").to(self.device)
             damaged |= is_damaged(logits.flatten(0, 1)).view(self.batch, -1).any(-1)
-            scores[:, columns] = request.sampler.distribution(logits.float()).log_()
+            if self.scheduler.config.temperature == 0:  # filters leave the most probable code what it is
+                scores[:, columns] = logits
+            else:
+                scores[:, columns] = request.sampler.distribution(logits.float()).log_()
         check_scores(damaged)
         return scores
 

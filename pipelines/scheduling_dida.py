@@ -1,11 +1,12 @@
 """The scheduler of DiDA (discrete diffusion adaptation): noise for training, and the steps from noise to an image."""
 
+import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from emu35.sampling_emu35 import Generators, draw, is_damaged, uniform
@@ -133,6 +134,14 @@ class DiDAScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def _get_compatibles(cls):
         return [DiDAScheduler]  # the inherited one only knows the classes of diffusers
+
+    def greedy(self) -> "DiDAScheduler":
+        """This one, or a copy of it that always takes the most probable code."""
+        if self.config.temperature == 0:
+            return self
+        scheduler = copy.copy(self)
+        scheduler._internal_dict = FrozenDict({**self.config, "temperature": 0.0})
+        return scheduler
 
     @property
     def mask_code(self) -> int | None:

@@ -123,7 +123,7 @@ def test_too_little_memory_skips_the_plain_loss(monkeypatch):
         ({"parts": ["imagge"]}, "imagge"),
         ({"size": "7b"}, "7b"),
         ({"size": "34b"}, "needs a GPU with 67 GiB"),
-        ({"size": "34b", "parts": ["loss"]}, "part image only"),
+        ({"size": "34b", "parts": ["loss"]}, "parts image, dida only"),
     ],
 )
 def test_impossible_benchmarks_are_refused(arguments, expected):

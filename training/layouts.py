@@ -7,11 +7,23 @@ things left or right of one another a row, and others stand in rows of their own
 
 import dataclasses
 import itertools
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
-from .shapes import GRID_SIZE, Meaning, Relation, Scene, SceneObject, relation_holds
+from .shapes import (
+    BACKGROUNDS,
+    COLORS,
+    GRID_SIZE,
+    HELD_OUT,
+    SHAPES,
+    SIZES,
+    Meaning,
+    Relation,
+    Scene,
+    SceneObject,
+    relation_holds,
+)
 
 Cell = tuple[int, int]
 
@@ -31,6 +43,31 @@ def typical_layout(scene: Scene, meaning: Meaning, rng: np.random.Generator) -> 
         dataclasses.replace(o, row=row, column=column) for o, (row, column) in zip(mentioned, cells, strict=True)
     ]
     return Scene(tuple(sorted(placed, key=lambda o: (o.row, o.column))), scene.background)
+
+
+@lru_cache(maxsize=4096)
+def canonical_scene(meaning: Meaning) -> Scene:
+    """The one picture of a sentence: what it leaves open is always the same.
+
+    Cells are the first of the best layouts; looks the first that fit, differ, and may be shown in training, in the
+    order of the world's lists; the background is the first one.
+    """
+    cells = _layouts(tuple(described.cell for described in meaning.objects), meaning.relations)[0]
+    fitting = [
+        [
+            (shape, color, size)
+            for color, shape, size in itertools.product(COLORS, SHAPES, SIZES)
+            if (color, shape) not in HELD_OUT
+            and described.color in (None, color)
+            and described.shape in (None, shape)
+            and described.size in (None, size)
+        ]
+        for described in meaning.objects
+    ]
+    looks = next(looks for looks in itertools.product(*fitting) if len(set(looks)) == len(looks))
+    objects = [SceneObject(*look, *cell) for look, cell in zip(looks, cells, strict=True)]
+    background = meaning.background or next(iter(BACKGROUNDS))
+    return Scene(tuple(sorted(objects, key=lambda o: (o.row, o.column))), background)
 
 
 def _is_true(meaning: Meaning, objects: tuple[SceneObject, ...]) -> bool:

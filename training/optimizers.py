@@ -32,14 +32,17 @@ class MuonAdamW:
                 (matrices if parameter.ndim == 2 and id(parameter) not in embeddings else rest).append(parameter)
         self.shares = _share_out(matrices, world_size())
         self.rest = rest
+        nothing = [nn.Parameter(torch.zeros(1, 1))]  # an optimiser may not be empty
         self.muon = torch.optim.Muon(
-            self.shares[rank] or [nn.Parameter(torch.zeros(1, 1))],  # an optimiser may not be empty
+            self.shares[rank] or nothing,
             lr=recipe.muon_learning_rate,
             momentum=recipe.muon_momentum,
             weight_decay=recipe.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        self.adamw = torch.optim.AdamW(rest, lr=recipe.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(
+            rest or nothing, lr=recipe.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
 
     def step(self, scale: float):
         """One step at `scale` times the peak learning rates; clears the gradients."""

@@ -6,11 +6,14 @@ import os
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 import yaml
 
 from .train_vision_tokenizer import VisionTokenizerRecipe
+
+if TYPE_CHECKING:
+    from .dida_recipe import DiDARecipe
 
 
 @dataclass
@@ -35,6 +38,8 @@ class StageRecipe:
             have fewer objects, frames, moves.
         visual_loss_weight (`float`, *optional*): instead of the recipe's.
         typical_layouts (`bool`): objects whose position a caption leaves open stand as [`typical_layout`] puts them.
+        canonical_scenes (`bool`): all that a caption leaves open is filled in as [`canonical_scene`] does: one picture
+            for each sentence.
     """
 
     name: str
@@ -44,6 +49,7 @@ class StageRecipe:
     row_length: int = 224
     full_captions: float | None = None
     typical_layouts: bool = False
+    canonical_scenes: bool = False
     new_cycle: bool = False
     learning_rate_scale: float = 1.0
     balance: str = "sequences"
@@ -61,6 +67,8 @@ class StageRecipe:
             if kind not in KINDS and kind not in EPISODES:
                 raise ValueError(f"`mixture` of stage {self.name!r}: {_unknown(kind, [*KINDS, *EPISODES])}")
             _require(share > 0, f"mixture.{kind}", share, "positive (leave the kind out instead)")
+        if self.typical_layouts and self.canonical_scenes:
+            raise ValueError(f"`canonical_scenes` of stage {self.name!r} leaves `typical_layouts` nothing. Drop one.")
         if not self.mixture:
             raise ValueError(f"`mixture` of stage {self.name!r} is empty. Give at least one of {', '.join(KINDS)}.")
         _require(self.balance in ("sequences", "tokens"), "balance", self.balance, '"sequences" or "tokens"')
@@ -137,8 +145,42 @@ class OptimizerRecipe:
         return min(1.0, (step + 1) / max(1, self.warmup_steps), (num_steps - step) / decay_steps)
 
 
+class StagedRecipe:
+    """What follows from a recipe's `stages` and `optimizer`."""
+
+    stages: list[StageRecipe]
+    optimizer: OptimizerRecipe
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all language model stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+    def learning_rate_scale(self, step: int) -> float:
+        """Factor of the peak learning rates at a step of the whole run."""
+        cycles: list[list[StageRecipe]] = []
+        for stage in self.stages:
+            if stage.new_cycle or not cycles:
+                cycles.append([])
+            cycles[-1].append(stage)
+        for cycle in cycles:
+            steps = sum(stage.steps for stage in cycle)
+            if step < steps:
+                return cycle[0].learning_rate_scale * self.optimizer.scale(step, steps)
+            step -= steps
+        raise ValueError(f"`step` is past the last stage by {step}.")
+
+    def stage_at(self, step: int) -> tuple[StageRecipe, float]:
+        """The stage that a step of the whole run belongs to, and the share of it that is done by then."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step / stage.steps
+            step -= stage.steps
+        raise ValueError(f"`step` is past the last stage by {step}.")
+
+
 @dataclass
-class Recipe:
+class Recipe(StagedRecipe):
     """A whole run, from nothing to a checkpoint.  Fields are the keys of the YAML file.
 
     Args:
@@ -186,36 +228,12 @@ class Recipe:
             if name in self.model:
                 raise ValueError(f"`model.{name}` follows from the tokenizers; leave it out.")
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of all language model stages together."""
-        return sum(stage.steps for stage in self.stages)
 
-    def learning_rate_scale(self, step: int) -> float:
-        """Factor of the peak learning rates at a step of the whole run."""
-        cycles: list[list[StageRecipe]] = []
-        for stage in self.stages:
-            if stage.new_cycle or not cycles:
-                cycles.append([])
-            cycles[-1].append(stage)
-        for cycle in cycles:
-            steps = sum(stage.steps for stage in cycle)
-            if step < steps:
-                return cycle[0].learning_rate_scale * self.optimizer.scale(step, steps)
-            step -= steps
-        raise ValueError(f"`step` is past the last stage by {step}.")
-
-    def stage_at(self, step: int) -> tuple[StageRecipe, float]:
-        """The stage that a step of the whole run belongs to, and the share of it that is done by then."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage, step / stage.steps
-            step -= stage.steps
-        raise ValueError(f"`step` is past the last stage by {step}.")
-
-
-def load_recipe(path: str | os.PathLike) -> Recipe:
+def load_recipe(path: str | os.PathLike) -> "Recipe | DiDARecipe":
     """Read and check a recipe.
+
+    Returns:
+        [`Recipe`]; [`DiDARecipe`] where the file says `method: dida`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -234,9 +252,16 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
     return recipe_from_dict(values)
 
 
-def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+def recipe_from_dict(values: dict[str, Any]) -> "Recipe | DiDARecipe":
     """A recipe from plain values, with the checks of [`load_recipe`]."""
-    return _build(Recipe, values, "recipe")
+    from .dida_recipe import DiDARecipe
+
+    kinds = {None: Recipe, "dida": DiDARecipe}
+    method = values.get("method") if isinstance(values, dict) else None
+    if method not in kinds:
+        named = ", ".join(repr(one) for one in kinds if one)
+        raise ValueError(f"`recipe.method` must be one of {named}, or left out to train from nothing; got {method!r}.")
+    return _build(kinds[method], values, "recipe")
 
 
 def _build(cls: type, values: Any, where: str) -> Any:

@@ -32,7 +32,7 @@ from emu35.configuration_emu35 import Emu35TokenLayout
 from emu35.prompts_emu35 import Conversation, ImagePiece, Piece, get_template, unconditional_pieces
 from transformers import PreTrainedTokenizerFast
 
-from .layouts import typical_layout
+from .layouts import canonical_scene, typical_layout
 from .recipe import DataRecipe, StageRecipe
 from .shapes import (
     EPISODES,
@@ -86,7 +86,7 @@ class SequenceWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, layout: Emu35TokenLayout, recipe: DataRecipe, factor: int):
         self.layout = layout
         self.full_captions, self.caption_dropout = recipe.full_captions, recipe.caption_dropout
-        self.typical_layouts = False
+        self.typical_layouts = self.canonical_scenes = False
         self._encode = tokenizer.backend_tokenizer.encode
         side = IMAGE_SIZE // factor
         self._image = layout.image_token_ids([[layout.image_placeholder_token_id] * side] * side)
@@ -98,7 +98,7 @@ class SequenceWriter:
     def for_stage(self, stage: StageRecipe) -> "SequenceWriter":
         """The same writer, but with captions as a stage wants them."""
         writer = copy.copy(self)
-        writer.typical_layouts = stage.typical_layouts
+        writer.typical_layouts, writer.canonical_scenes = stage.typical_layouts, stage.canonical_scenes
         if stage.full_captions is not None:
             writer.full_captions = stage.full_captions
         return writer
@@ -137,6 +137,8 @@ class SequenceWriter:
     def _caption(self, scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
         """A caption and the scene to draw for it."""
         drawn = caption(scene, rng, full=bool(rng.random() < self.full_captions))
+        if self.canonical_scenes:
+            return drawn.text, canonical_scene(drawn.meaning)
         return drawn.text, typical_layout(scene, drawn.meaning, rng) if self.typical_layouts else scene
 
     # ------------------------------------------------------------------------------------------ single modality

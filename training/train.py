@@ -4,6 +4,7 @@
     (vision_tokenizer)    └────────────── language_model, one run ──────────────────────┘
 
     emu35 train training/recipes/tiny.yaml      # about four hours on 2 CPU cores
+    emu35 train training/recipes/tiny-dida.yaml # parallel image decoding for a trained model, see `dida`
 
 Interrupt it whenever you like, even with `kill -9`; the same command goes on where it was.
 """
@@ -18,6 +19,7 @@ from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 from emu35.processing_emu35 import Emu35Processor
 from emu35.tokenization_emu35 import token_layout_from_tokenizer, train_small_tokenizer
 
+from .dida_recipe import DiDARecipe
 from .export import export
 from .recipe import Recipe, load_recipe
 from .sequences import sample_texts
@@ -53,11 +55,17 @@ def train(
     output_dir = Path(output_dir or recipe.output_dir)
     export_dir = Path(export_dir or recipe.export_dir or output_dir / "export")
     vision_tokenizer_dir, processor_dir = output_dir / "vision_tokenizer", output_dir / "processor"
-    language_model_dir = output_dir / "language_model"
+    language_model_dir, dida_dir = output_dir / "language_model", output_dir / "dida"
     if not resume:
-        for directory in (vision_tokenizer_dir, processor_dir, language_model_dir):
+        for directory in (vision_tokenizer_dir, processor_dir, language_model_dir, dida_dir):
             shutil.rmtree(directory, ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if isinstance(recipe, DiDARecipe):
+        from .dida import train_dida  # needs PEFT
+
+        train_dida(recipe, dida_dir, export_dir, device, progress)
+        logger.info("the adapter or the adapted model is in %s", export_dir)
+        return export_dir
     logger.info("stage 1: visual vocabulary")
     vision_tokenizer = train_vision_tokenizer(recipe.vision_tokenizer, vision_tokenizer_dir, device, progress)
     processor = build_processor(recipe, vision_tokenizer)

@@ -668,3 +668,16 @@ def test_bad_generators(generator, message):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_greedy_form_is_a_copy():
+    scheduler = DiDAScheduler(num_codes=5, path="absorbing", temperature=0.7)
+    greedy = scheduler.greedy()
+    assert (greedy.config.temperature, scheduler.config.temperature) == (0.0, 0.7)
+    assert greedy.greedy() is greedy
+    for one in (scheduler, greedy):
+        one.set_timesteps(1)
+    logits = torch.tensor([[[0.0, 0.1, 0.3, 0.2, 0.1]]]).expand(1, 200, 5)
+    codes = torch.full((1, 200), 5)
+    made = [one.step(logits, 0.0, codes, torch.Generator().manual_seed(0)).prev_sample for one in (greedy, scheduler)]
+    assert (made[0] == 2).all() and (made[1] != 2).any()
