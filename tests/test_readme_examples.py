@@ -43,8 +43,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def test_readme(tmp_path, capsys):
     scope = run(ROOT / "README.md")
-    for name in ("image", "edited", "completed", "combined", "start"):
+    for name in ("image", "edited", "completed", "combined", "start", "fast", "blue"):
         assert isinstance(scope[name], Image) and scope[name].size == SIZE, name
+    assert [picture.size for picture in scope["four"]] == [SIZE] * 4
     assert scope["answer"].text == "blue"
     assert capsys.readouterr().out.startswith("blue\n")
     for name in ("story", "steps", "walk", "plan"):
