@@ -175,36 +175,38 @@ class dida_adapter(contextlib.AbstractContextManager):
                     f"the adapters {layer.merged_adapters} are merged into the weights. Unmerge them before decoding "
                     "with `dida`."
                 )
-        merged = _merged_weights(model)
-        self.layers = [(layer, layer.get_base_layer()._parameters, merged.get(layer)) for layer in layers]
+        merged = _merged_weights(model, layers)
+        # Their dictionaries, since a module looks three times at what is set through it.
+        self.layers = [(vars(layer), layer.get_base_layer()._parameters, merged.get(layer)) for layer in layers]
         self.entered: list[list[tuple]] = []
 
     def __enter__(self):
         before: list[tuple] = []
         self.entered.append(before)
         for layer, parameters, merged in self.layers:
-            before.append((layer._active_adapter, layer._disable_adapters, parameters.get("weight")))
-            others = [] if layer._disable_adapters else layer.active_adapters
+            active, disabled = layer.get("_active_adapter", "default"), layer.get("_disable_adapters", False)
+            before.append((active, disabled, parameters.get("weight")))
+            others = [] if disabled else [active] if isinstance(active, str) else active
             # Not `set_adapter`, which also decides what is trained.
-            layer._active_adapter, layer._disable_adapters = [*others, ADAPTER], False
+            layer["_active_adapter"], layer["_disable_adapters"] = [*others, ADAPTER], False
             if merged is not None and not others:
-                parameters["weight"], layer._disable_adapters = merged, True
+                parameters["weight"], layer["_disable_adapters"] = merged, True
 
     def __exit__(self, *_):
         for (layer, parameters, _), (active, disabled, weight) in zip(self.layers, self.entered.pop(), strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
+            layer["_active_adapter"], layer["_disable_adapters"] = active, disabled
             if weight is not None:
                 parameters["weight"] = weight
 
 
-def _merged_weights(model: nn.Module) -> dict[nn.Module, nn.Parameter]:
+def _merged_weights(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, nn.Parameter]:
     """Weights with the adapter in them, by layer; kept with the model until an adapter or a weight changes.
 
     Plain matrices only, and only `MERGED_BYTES` of them: in a model of 34 B parameters a second copy of all adapted
     matrices would take as much as the first.
     """
-    layers = [layer for layer in adapter_layers(model) if ADAPTER in getattr(layer, "lora_A", ())]
-    plain = [layer for layer in layers if type(layer.get_base_layer()) is nn.Linear and not layer.merged]
+    layers = [layer for layer in layers if ADAPTER in getattr(layer, "lora_A", ())]
+    plain = [layer for layer in layers if type(layer.get_base_layer()) is nn.Linear]
     plain = [layer for layer in plain if layer.get_base_layer().weight.device.type != "meta"]
     weights = [layer.get_base_layer().weight for layer in plain]
     known, merged = getattr(model, "_dida_weights", (None, {}))
