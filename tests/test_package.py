@@ -22,7 +22,7 @@ SOURCES = [
     for path in sorted((ROOT / room).rglob("*.py"))
     if "__pycache__" not in path.parts
 ] + [ROOT / "emu35_launcher.py"]
-DIDA_DECODER = ROOT / "modeling_emu35" / "dida_emu35.py"
+USERS_OF_THE_SCHEDULER = tuple(ROOT / "modeling_emu35" / name for name in ("dida_emu35.py", "bench_dida_emu35.py"))
 COMMAND_LINE = ROOT / "modeling_emu35" / "cli.py"
 
 #: Where the name of a distribution is not that of its module.
@@ -134,7 +134,7 @@ def test_dependencies_point_one_way(room, forbidden):
         if path.relative_to(ROOT).parts[0] == room:
             # The command line reaches the other rooms, but only when one of its commands runs; and the scheduler of
             # `dida`, which diffusers wants among the pipelines, is looked up when a model decodes with it.
-            for name in imports(path, nested=path not in (COMMAND_LINE, DIDA_DECODER)):
+            for name in imports(path, nested=path not in (COMMAND_LINE, *USERS_OF_THE_SCHEDULER)):
                 assert not name.startswith(forbidden), (path, name)
 
 

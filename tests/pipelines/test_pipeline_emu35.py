@@ -117,7 +117,7 @@ def test_references_of_a_batch(pipe):
         assert torch.equal(alone.images[0], together.images[row])
     nested = pipe(prompts, image=[references, [references[0]]], generator=seeded(1, 2), **SIZE)
     alone = pipe(prompts[0], image=references, generator=seeded(1), **SIZE)
-    assert same(nested.images[:1], alone.images)
+    assert torch.equal(nested.codes[0], alone.codes[0])
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -125,10 +125,11 @@ def test_images_do_not_depend_on_their_batch(pipe, decoder):
     prompts, settings = ["a red fox", "a blue square"], {**SIZE, "guidance_scale": 2.0, **DECODERS[decoder]}
     together = pipe(prompts, num_images_per_prompt=2, generator=seeded(1, 2, 3, 4), **settings)
     in_batches = pipe(prompts, num_images_per_prompt=2, generator=seeded(1, 2, 3, 4), batch_size=3, **settings)
-    assert same(together.images, in_batches.images)
+    # Codes, since the last bit of a pixel depends on how many images are decoded together.
+    assert all(torch.equal(*pair) for pair in zip(together.codes, in_batches.codes, strict=True))
     assert in_batches.num_forward_passes > together.num_forward_passes
     alone = pipe(prompts[1], generator=seeded(3), **settings)
-    assert same(together.images[2:3], alone.images)
+    assert torch.equal(together.codes[2], alone.codes[0])
 
 
 def test_output_types(pipe):
