@@ -218,14 +218,16 @@ def _merged_weights(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module
         (weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
         for weight, layer in zip(weights, plain, strict=True)
     ]
-    state = [(part.data_ptr(), part._version) for own in parts for part in own]
-    if state != known:
+    # The parameters themselves are kept: another adapter's may come to lie where those of a deleted one were.
+    sources = [part for own in parts for part in own]
+    state = [(id(part), part.data_ptr(), part._version) for part in sources]
+    if known is None or state != known[0]:
         with torch.no_grad():
             merged = {
                 layer: nn.Parameter((weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype), False)
                 for weight, layer in zip(weights, plain, strict=True)
             }
-        model._dida_weights = (state, merged)
+        model._dida_weights = ((state, sources), merged)
     return merged
 
 

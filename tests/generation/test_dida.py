@@ -576,3 +576,14 @@ def test_weights_with_the_adapter_in_them_do_what_the_adapter_does(adapted, monk
                 parameter.mul_(2)
     with dida_adapter(adapted):
         assert (adapted(ids).logits - merged).abs().max() > 0.1
+
+
+def test_the_weights_of_a_replaced_adapter_are_not_used_again(adapted, save_adapter, model):
+    ids = torch.arange(40, 60)[None]
+    for seed in range(3, 7):  # a new adapter may lie in memory where the old one was
+        adapted.load_dida_adapter(save_adapter(model, seed=seed))
+        with dida_adapter(adapted):
+            merged = adapted(ids).logits
+        adapted._dida_weights = (None, {})
+        with dida_adapter(adapted):
+            assert torch.equal(adapted(ids).logits, merged)
