@@ -110,6 +110,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "emu35 convert --model Emu3.5 --vision-tokenizer Emu3.5-VisionTokenizer --tokenizer Emu3.5 --output emu35-34b",
         add_help=False,
     )
+    _add_prepare(add)
     _add_train(add)
     _add_distill(add)
     _add_eval(add)
@@ -204,6 +205,26 @@ def _add_story(add):
     _add_model_options(command)
 
 
+def _add_prepare(add):
+    command = add(
+        "prepare",
+        _prepare,
+        "turn pictures with captions, edits, questions or stories into token sequences for training",
+        "emu35 prepare photos/ --out prepared/photos",
+    )
+    command.add_argument("data", help="folder of images with captions, .jsonl, .parquet, or dataset on the Hub")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for the files; a recipe names it")
+    command.add_argument("--model", metavar="PATH", help="that will be trained (default: the tiny one shipped)")
+    command.add_argument("--vision-tokenizer", metavar="DIR", help="for a checkpoint that has none")
+    command.add_argument("--task", help="of rows that do not name one (default: what fits the row)")
+    command.add_argument("--image-area", type=_positive, metavar="PIXELS", help="about; default: the task's own")
+    command.add_argument("--max-length", type=_positive, metavar="N", help="tokens; longer rows are left out")
+    command.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
+    command.add_argument("--streaming", action="store_true", help="do not download a dataset first")
+    command.add_argument("--rows-per-file", type=_positive, default=1000, metavar="N", help="default: %(default)s")
+    command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+
+
 def _add_train(add):
     command = add(
         "train",
@@ -216,6 +237,7 @@ def _add_train(add):
     command.add_argument("--export", metavar="DIR", help="the finished model, instead of where the recipe says")
     command.add_argument("--restart", action="store_true", help="start from nothing, whatever the output folder holds")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, auto")
+    command.add_argument("--dry-run", action="store_true", help="fine-tuning: print the plan and the memory it needs")
 
 
 def _add_distill(add):
@@ -323,6 +345,7 @@ def _add_model_options(command: argparse.ArgumentParser):
     )
     group.add_argument("--vision-tokenizer", metavar="DIR", help="for a checkpoint that has none (the release's)")
     group.add_argument("--tokenizer", metavar="DIR", help="likewise: the release's, or a Qwen2 or Qwen3 one")
+    group.add_argument("--lora", metavar="DIR", help="PEFT adapter, as `emu35 train` writes it with `method: sft`")
     group.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the weights (needs bitsandbytes)")
     _add_device(group)
     _add_seed(group)
@@ -540,11 +563,37 @@ def _convert(args: argparse.Namespace):
     convert(parser.parse_args(args.arguments))
 
 
+def _prepare(args: argparse.Namespace):
+    folder = _folder_path(args.out, "--out")
+    if find_spec("pyarrow") is None:
+        raise ValueError("emu35 prepare needs pyarrow, which is not installed: pip install 'emu35[train]'")
+    from emu35 import TINY, Emu35Processor, Emu35VisionTokenizer
+    from emu35.cli_tools_emu35 import find_device
+    from emu35.training.data import prepare
+
+    device = find_device(args.device)
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    model = args.model or TINY
+    processor = Emu35Processor.from_pretrained(model)
+    vision_tokenizer = Emu35VisionTokenizer.from_pretrained(args.vision_tokenizer or model).to(device).eval()
+    options = _settings(args, "task", "image_area", "max_length", "split", "streaming")
+    found = prepare(args.data, folder, vision_tokenizer, processor, rows_per_shard=args.rows_per_file, **options)
+    print(f"{folder}: {_count(found['examples'], 'example')}, {_count(found['tokens'], 'token')}, {found['tasks']}")
+    if found["left_out"]:
+        print(f"{_count(found['left_out'], 'row')} left out: {folder / 'report.jsonl'} tells why", file=sys.stderr)
+
+
 def _train(args: argparse.Namespace):
     from emu35.cli_tools_emu35 import find_device
     from emu35.training.train import train
 
     device = find_device(args.device)
+    if args.dry_run:
+        from emu35.training.train import plan
+
+        print(plan(args.recipe))
+        return
     folder = train(args.recipe, args.output, args.export, resume=not args.restart, device=device)
     print(f"{folder}: the finished model")
 

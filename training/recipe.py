@@ -14,6 +14,8 @@ from .train_vision_tokenizer import VisionTokenizerRecipe
 
 if TYPE_CHECKING:
     from .dida_recipe import DiDARecipe
+    from .grpo_recipe import GRPORecipe
+    from .sft_recipe import SFTRecipe
 
 
 @dataclass
@@ -229,11 +231,11 @@ class Recipe(StagedRecipe):
                 raise ValueError(f"`model.{name}` follows from the tokenizers; leave it out.")
 
 
-def load_recipe(path: str | os.PathLike) -> "Recipe | DiDARecipe":
+def load_recipe(path: str | os.PathLike) -> "Recipe | DiDARecipe | SFTRecipe | GRPORecipe":
     """Read and check a recipe.
 
     Returns:
-        [`Recipe`]; [`DiDARecipe`] where the file says `method: dida`.
+        [`Recipe`]; [`DiDARecipe`] or [`SFTRecipe`] where the file says `method: dida` or `method: sft`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -252,11 +254,13 @@ def load_recipe(path: str | os.PathLike) -> "Recipe | DiDARecipe":
     return recipe_from_dict(values)
 
 
-def recipe_from_dict(values: dict[str, Any]) -> "Recipe | DiDARecipe":
+def recipe_from_dict(values: dict[str, Any]) -> "Recipe | DiDARecipe | SFTRecipe | GRPORecipe":
     """A recipe from plain values, with the checks of [`load_recipe`]."""
     from .dida_recipe import DiDARecipe
+    from .grpo_recipe import GRPORecipe
+    from .sft_recipe import SFTRecipe
 
-    kinds = {None: Recipe, "dida": DiDARecipe}
+    kinds = {None: Recipe, "dida": DiDARecipe, "sft": SFTRecipe, "grpo": GRPORecipe}
     method = values.get("method") if isinstance(values, dict) else None
     if method not in kinds:
         named = ", ".join(repr(one) for one in kinds if one)

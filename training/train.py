@@ -5,6 +5,8 @@
 
     emu35 train training/recipes/tiny.yaml      # about four hours on 2 CPU cores
     emu35 train training/recipes/tiny-dida.yaml # parallel image decoding for a trained model, see `dida`
+    emu35 train training/recipes/tiny-lora.yaml # fine-tuning of a trained model on data of yours, see `sft`
+    emu35 train training/recipes/tiny-grpo.yaml # a trained model improves against rewards, see `grpo`
 
 Interrupt it whenever you like, even with `kill -9`; the same command goes on where it was.
 """
@@ -21,8 +23,10 @@ from emu35.tokenization_emu35 import token_layout_from_tokenizer, train_small_to
 
 from .dida_recipe import DiDARecipe
 from .export import export
+from .grpo_recipe import GRPORecipe
 from .recipe import Recipe, load_recipe
 from .sequences import sample_texts
+from .sft_recipe import SFTRecipe
 from .shapes import IMAGE_SIZE
 from .train_language_model import train_language_model
 from .train_vision_tokenizer import train_vision_tokenizer
@@ -56,8 +60,9 @@ def train(
     export_dir = Path(export_dir or recipe.export_dir or output_dir / "export")
     vision_tokenizer_dir, processor_dir = output_dir / "vision_tokenizer", output_dir / "processor"
     language_model_dir, dida_dir = output_dir / "language_model", output_dir / "dida"
+    sft_dir, grpo_dir = output_dir / "sft", output_dir / "grpo"
     if not resume:
-        for directory in (vision_tokenizer_dir, processor_dir, language_model_dir, dida_dir):
+        for directory in (vision_tokenizer_dir, processor_dir, language_model_dir, dida_dir, sft_dir, grpo_dir):
             shutil.rmtree(directory, ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(recipe, DiDARecipe):
@@ -65,6 +70,17 @@ def train(
 
         train_dida(recipe, dida_dir, export_dir, device, progress)
         logger.info("the adapter or the adapted model is in %s", export_dir)
+        return export_dir
+    if isinstance(recipe, SFTRecipe):
+        from .sft import train_sft
+
+        train_sft(recipe, sft_dir, export_dir, device, progress)
+        return export_dir
+    if isinstance(recipe, GRPORecipe):
+        from .grpo import train_grpo  # needs TRL
+
+        train_grpo(recipe, grpo_dir, export_dir, device=device, progress=progress)
+        logger.info("the adapter or the improved model is in %s", export_dir)
         return export_dir
     logger.info("stage 1: visual vocabulary")
     vision_tokenizer = train_vision_tokenizer(recipe.vision_tokenizer, vision_tokenizer_dir, device, progress)
@@ -77,6 +93,20 @@ def train(
     export(model, processor, export_dir, recipe.generation)
     logger.info("the model is in %s", export_dir)
     return export_dir
+
+
+def plan(recipe_path: str | os.PathLike) -> str:
+    """What [`train`] would do, and the memory it would take, as text.  Nothing is loaded.
+
+    Raises:
+        ValueError: if the recipe is wrong, or of a method that has no such plan.
+    """
+    recipe = load_recipe(recipe_path)
+    if not isinstance(recipe, SFTRecipe):
+        raise ValueError("--dry-run is for recipes with `method: sft`.")
+    from .sft_plan import plan
+
+    return plan(recipe)
 
 
 def build_processor(recipe: Recipe, vision_tokenizer: Emu35VisionTokenizer) -> Emu35Processor:

@@ -1,0 +1,380 @@
+"""GRPO runs on a tiny model: what they log and leave, that they go on where they were, and bad input."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from emu35.modeling_emu35 import Emu35ForConditionalGeneration
+from emu35.training.checkpointing import read_log
+from emu35.training.grpo import Emu35GRPOTrainer, add_noise, last_checkpoint, load_policy, train_grpo
+from emu35.training.grpo_prompts import interleave, load_prompts, world_prompts
+from emu35.training.grpo_recipe import GRPORecipe
+from emu35.training.recipe import _build
+from emu35.training.rewards import RewardMix
+from emu35.training.shapes import Meaning, Question
+from emu35.training.shapes.edits import EditMeaning
+from safetensors.torch import load_file
+
+SMALL = {"height": 8, "width": 8}
+GENERATE = {
+    "t2i": {"generation_mode": "image", **SMALL},
+    "x2i": {"generation_mode": "image", **SMALL},
+    "vqa": {"generation_mode": "text", "max_new_tokens": 4},
+}
+
+
+def red(prompts, completions, images, texts, **columns):
+    """How red the image is; how short the text."""
+    pairs = zip(images, texts, strict=True)
+    return [float(np.asarray(own[-1])[..., 0].mean() / 255) if own else 1 / (1 + len(text)) for own, text in pairs]
+
+
+red.name, red.range = "red", (0.0, 1.0)
+
+
+def too_few(prompts, completions, **columns):
+    return [0.5] * (len(prompts) - 1)
+
+
+too_few.name, too_few.range = "too_few", (0.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_tiny_model, tiny_processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = make_tiny_model()
+    model.generation_config.task_defaults = {task: {} for task in GENERATE}
+    model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_recipe(checkpoint):
+    def make(**changes):
+        values = {
+            "method": "grpo",
+            "output_dir": "unused",
+            "model": str(checkpoint),
+            "prompts": {"world": {"t2i": 1, "x2i": 1, "vqa": 1}},
+            "rewards": [{"reward": f"{__name__}:red"}],
+            "steps": 4,
+            "processes": 1,
+            "rollouts_per_step": 12,
+            "group_size": 4,
+            "micro_batch": 6,
+            "rollout": {"generate": GENERATE},
+            "learning_rate": 3e-3,
+            "save_every": 2,
+            "samples_every": 2,
+        }
+        return _build(GRPORecipe, {**values, **changes}, "recipe")
+
+    return make
+
+
+def run(recipe, folder, rewards=None):
+    train_grpo(recipe, folder, folder / "export", rewards, progress=False)
+    return [
+        {name: value for name, value in record.items() if name not in ("step_time", "epoch")}
+        for record in read_log(folder / "log.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(make_recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(make_recipe(), folder)
+
+
+def test_a_run_logs_rewards_and_entropies_by_task_and_modality(finished):
+    folder, log = finished
+    assert [record["step"] for record in log] == [1, 2, 3, 4]
+    tasks = [f"{name}/{task}" for name in ("reward", "equal_groups") for task in GENERATE]
+    names = {"reward", "rewards/red/mean", "rewards/red/missing", "entropy/visual", "entropy/text", "unscored", *tasks}
+    assert names <= set(log[0])
+    # The rewards' mean is the mean over the tasks, which have as many answers each.
+    assert log[0]["reward"] == pytest.approx(sum(log[0][f"reward/{task}"] for task in GENERATE) / 3, abs=1e-4)
+    assert 1 <= log[0]["reward"] <= 10
+    assert not any("kl" in record for record in log)
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["000000.png", "000002.png"]
+
+
+def test_a_run_leaves_a_model_that_has_changed(finished, checkpoint):
+    folder, _ = finished
+    before, after = (load_file(path / "model.safetensors") for path in (checkpoint, folder / "export"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if not name.startswith("vision_tokenizer.")} == changed
+    model = Emu35ForConditionalGeneration.from_pretrained(folder / "export")
+    assert model.dtype == torch.float32
+
+
+def test_rewards_rise(make_recipe, tmp_path):
+    prompts = {"world": {"t2i": 1, "vqa": 1}}
+    recipe = make_recipe(
+        steps=20, rollouts_per_step=16, group_size=8, micro_batch=16, prompts=prompts, learning_rate=0.02
+    )
+    log = run(recipe, tmp_path)
+    rewards = [record["reward/t2i"] for record in log]
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.3
+
+
+def test_an_interrupted_run_gives_the_same_curve(make_recipe, finished, tmp_path):
+    _, expected = finished
+    run(make_recipe(steps=3, save_every=2), tmp_path)  # ends after a step that no checkpoint holds
+    (tmp_path / "checkpoint-3" / "recipe.json").unlink()  # as if it had been killed while it was saved
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    log = run(make_recipe(), tmp_path)
+    assert log == expected
+
+
+def test_another_recipe_is_not_continued(make_recipe, finished):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=r"another recipe \(different: learning_rate\)"):
+        run(make_recipe(learning_rate=1e-3), folder)
+
+
+def _run_quietly(recipe, folder):
+    torch.set_num_threads(1)
+    train_grpo(recipe, folder, folder / "export", progress=False)
+
+
+@pytest.mark.slow
+def test_a_killed_run_gives_the_same_curve(make_recipe, finished, tmp_path):
+    _, expected = finished
+    process = multiprocessing.get_context("spawn").Process(target=_run_quietly, args=(make_recipe(), tmp_path))
+    process.start()
+    while last_checkpoint(tmp_path) is None and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert run(make_recipe(), tmp_path) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_two_processes_do_what_one_does(make_recipe, tmp_path, loss_type):
+    changes = {"loss_type": loss_type, "rollouts_per_step": 24, "learning_rate": 1e-3, "steps": 3}
+    one = run(make_recipe(**changes), tmp_path / "one")
+    two = run(make_recipe(**changes, processes=2), tmp_path / "two")
+    for expected, found in zip(one, two, strict=True):
+        for name in ("reward", "entropy/visual", "entropy/text", "grad_norm", "reward/x2i", "num_tokens"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+    weights = [load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=2e-3, rtol=0)
+
+
+LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+
+
+def test_an_adapter_stays_near_the_model_without_it(make_recipe, tmp_path):
+    recipe = make_recipe(lora=LORA, beta=0.5, steps=2, learning_rate=0.05, updates_per_rollout=1)
+    log = run(recipe, tmp_path)
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-6)  # the fresh adapter does nothing
+    assert log[1]["kl/visual"] > 0 and log[1]["kl/text"] > 0
+    assert {path.name for path in (tmp_path / "export").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    state = load_file(tmp_path / "export" / "adapter_model.safetensors")
+    assert all(".q_proj." in name or ".v_proj." in name for name in state)
+    assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
+
+
+def test_full_training_with_a_reference_in_memory(make_recipe, tmp_path):
+    log = run(make_recipe(beta=0.1, reference="start", steps=2, updates_per_rollout=2), tmp_path)
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert log[1]["kl"] > 0  # the second step on the same answers
+    assert log[1]["num_tokens"] == log[0]["num_tokens"]
+
+
+def test_noise_is_saved_as_the_start(make_recipe, checkpoint, tmp_path):
+    recipe = make_recipe(weight_noise=0.5, steps=1)
+    run(recipe, tmp_path)
+    clean, noisy = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "start"))
+    moved = {name for name in clean if not torch.equal(clean[name], noisy[name])}
+    assert moved == {name for name in clean if name.startswith("model.layers.") and clean[name].ndim == 2}
+    name = "model.layers.1.mlp.up_proj.weight"
+    ratio = (noisy[name] - clean[name]).std() / clean[name].std()
+    assert float(ratio) == pytest.approx(0.5, rel=0.1)
+    model, _ = load_policy(recipe)
+    torch.testing.assert_close(model.state_dict()[name], noisy[name], atol=0, rtol=0)
+    again = Emu35ForConditionalGeneration.from_pretrained(checkpoint)
+    add_noise(again.model, 0.5, recipe.seed)
+    torch.testing.assert_close(again.state_dict()[name], noisy[name])
+
+
+def test_dropout_is_off_in_training_and_kept_in_the_export(make_recipe, make_tiny_model, tiny_processor, tmp_path):
+    model = make_tiny_model(residual_dropout=0.2, embedding_dropout=0.1, attention_dropout=0.1)
+    model.generation_config.task_defaults = {task: {} for task in GENERATE}
+    for part in (model, tiny_processor):
+        part.save_pretrained(tmp_path / "model")
+    recipe = make_recipe(model=str(tmp_path / "model"), steps=1)
+    policy, rates = load_policy(recipe)
+    ids = torch.randint(0, 300, (1, 20))
+    policy.train()
+    torch.testing.assert_close(policy(ids).logits, policy(ids).logits, atol=0, rtol=0)
+    assert rates == {"attention_dropout": 0.1, "residual_dropout": 0.2, "embedding_dropout": 0.1}
+    run(recipe, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())["text_config"]
+    assert {name: config[name] for name in rates} == rates
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_tasks_are_interleaved():
+    assert interleave({"a": 1, "b": 1, "c": 1}, 7) == ["a", "b", "c", "a", "b", "c", "a"]
+    names = interleave({"a": 0.5, "b": 1.5}, 40)
+    assert [names[start : start + 4].count("a") for start in range(0, 40, 4)] == [1] * 10
+
+
+def test_prompts_of_the_world(make_recipe):
+    recipe = make_recipe()
+    prompts = world_prompts(recipe)
+    assert len(prompts) == 4 * 3
+    rows = prompts.__getitems__([0, 0, 1, 2, 4])
+    assert [row["task"] for row in rows] == ["t2i", "t2i", "x2i", "vqa", "x2i"]
+    assert rows[0]["prompt"] is rows[1]["prompt"]
+    assert [type(row["meaning"]) for row in rows[1:4]] == [Meaning, EditMeaning, Question]
+    assert rows[3]["answer"] == rows[3]["meaning"].answer and rows[0]["answer"] is None
+    again = world_prompts(recipe).__getitems__([2, 4])
+    assert [row["meaning"] for row in again] == [row["meaning"] for row in rows[3:]]
+    other = world_prompts(make_recipe(seed=1)).__getitems__([2])
+    assert other[0]["prompt"] != rows[3]["prompt"]
+
+
+def write_rows(path, number=3, **more):
+    message = {"role": "user", "content": [{"type": "text", "text": "a red fox"}]}
+    rows = [{"prompt": [message], "task": "t2i", "wanted": index, **more} for index in range(number)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(path)}
+
+
+def test_prompts_of_a_file(make_recipe, tmp_path):
+    rows = load_prompts(make_recipe(prompts=write_rows(tmp_path / "prompts.jsonl"))).__getitems__([0, 2])
+    assert [row["wanted"] for row in rows] == [0, 2]
+    assert rows[0]["prompt"] == [{"role": "user", "content": [{"type": "text", "text": "a red fox"}]}]
+
+
+@pytest.mark.parametrize(
+    ("number", "more", "message"),
+    [
+        (2, {}, r"has 2 prompts, but a step takes 3"),
+        (3, {"images": 1}, "has a column 'images'"),
+        (3, {"task": "t2j"}, "t2j"),
+    ],
+)
+def test_bad_files(make_recipe, tmp_path, number, more, message):
+    prompts = write_rows(tmp_path / "prompts.jsonl", number, **more)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(make_recipe(prompts=prompts))
+
+
+def test_missing_files_and_columns(make_recipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`prompts.path`: there is no .*none.jsonl"):
+        load_prompts(make_recipe(prompts={"path": str(tmp_path / "none.jsonl")}))
+    (tmp_path / "some.jsonl").write_text('{"text": "a"}\n' * 3)
+    with pytest.raises(ValueError, match=r"lacks the columns \['prompt', 'task'\]"):
+        load_prompts(make_recipe(prompts={"path": str(tmp_path / "some.jsonl")}))
+    (tmp_path / "some.csv").write_text("")
+    with pytest.raises(ValueError, match=r"must end in .jsonl or .parquet"):
+        load_prompts(make_recipe(prompts={"path": str(tmp_path / "some.csv")}))
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["tiny-grpo", "grpo-34b"])
+def test_shipped_recipes(name):
+    path = Path(__file__).parents[2] / "training" / "recipes" / f"{name}.yaml"
+    recipe = _build(GRPORecipe, yaml.safe_load(path.read_text()), "recipe")
+    assert recipe.group_size == 8  # the report's
+    recipe.accumulation(recipe.processes if name.startswith("tiny") else 8)
+    mix = recipe.reward_mix(recipe.prompts.world or ("t2i", "x2i"))
+    assert len(mix.components) == len(recipe.rewards) >= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 5}, r"`group_size`=5 must divide `rollouts_per_step`=12.*Nearest: 10 or 15"),
+        ({"group_size": 1}, "`group_size` must be at least 2"),
+        ({"beta": 0.1}, r"`beta`=0.1 needs a reference, and without `lora` there is none"),
+        ({"reference": "start"}, "`reference`='start' has no effect: `beta` is 0"),
+        ({"reference": "start", "beta": 0.1, "lora": LORA}, "with `lora` it is the model without the adapter"),
+        ({"learning_rat": 1}, "unknown key 'learning_rat'. Did you mean 'learning_rate'"),
+        ({"lora": {"rank": 4, "dropout": 0.1}}, "`lora.dropout` must be 0"),
+        ({"dtype": "bfloat16"}, '`dtype` must be "float32" without `lora`'),
+        ({"loss_type": "ppo"}, "`loss_type` must be one of grpo, dapo"),
+        ({"save_every": 3, "updates_per_rollout": 2}, "`save_every`=3 must be a multiple of `updates_per_rollout`=2"),
+        ({"rewards": []}, "`rewards` must be at least one reward"),
+        ({"prompts": {}}, "exactly one of `world` and `path`"),
+        ({"prompts": {"world": {"t2j": 1}}}, "unknown key 't2j'. Did you mean 't2i'"),
+        ({"prompts": {"world": {"chat": 1}}}, "unknown key 'chat'"),
+    ],
+)
+def test_recipes_that_cannot_work(make_recipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch": 5}, "`rollouts_per_step`=12 must be a multiple of `micro_batch`=5 times the number of"),
+        ({"micro_batch": 12, "processes": 2}, "`micro_batch`=12 times the number of processes, 2"),
+        ({"rewards": [{"reward": "WorldRewards"}]}, "Did you mean 'WorldReward'"),
+        ({"rewards": [{"reward": f"{__name__}:blue"}]}, "cannot import"),
+        ({"rewards": [{"reward": "WorldReward", "arguments": {"mark": 1}}]}, "WorldReward does not take"),
+        ({"rewards": [{"reward": "WorldReward", "tasks": ["t2i"]}]}, "No reward counts for the task 'vqa'"),
+    ],
+)
+def test_errors_before_anything_is_loaded(make_recipe, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(Emu35ForConditionalGeneration, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        run(make_recipe(**changes), tmp_path)
+
+
+def test_rewards_of_a_wrong_length(make_recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"'too_few' returned 11 .*12"):
+        run(make_recipe(rewards=[{"reward": f"{__name__}:too_few"}]), tmp_path)
+    with pytest.raises(ValueError, match=r"'too_few' returned 11 rewards, but 12"):
+        run(make_recipe(), tmp_path, rewards=too_few)
+
+
+def test_rewards_of_the_recipe(make_recipe):
+    values = [{"reward": "WorldReward", "arguments": {"marks": ["edit"]}, "weight": 0.5, "tasks": ["x2i"]}]
+    mix = make_recipe(rewards=[*values, {"reward": f"{__name__}:red"}]).reward_mix(GENERATE)
+    assert isinstance(mix, RewardMix)
+    assert [(one.name, one.weight, one.tasks) for one in mix.components] == [
+        ("world_edit", 0.5, ["x2i"]),
+        ("red", 1.0, None),
+    ]
+
+
+def test_groups_with_equal_rewards_do_not_move_the_model(make_recipe, checkpoint, tmp_path):
+    log = run(make_recipe(steps=1), tmp_path, rewards=lambda prompts, completions, **columns: [0.3] * len(prompts))
+    assert log[0]["equal_groups/t2i"] == log[0]["frac_reward_zero_std"] == 1
+    before, after = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "export"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_trainer_is_trl_s(make_recipe, tmp_path):
+    recipe = make_recipe(steps=1)
+    model, _ = load_policy(recipe)
+    from emu35.processing_emu35 import Emu35Processor
+
+    trainer = Emu35GRPOTrainer(recipe, model, Emu35Processor.from_pretrained(recipe.model), red, tmp_path)
+    assert trainer.num_generations == 4
+    assert trainer.args.generation_batch_size == 12
+    assert trainer.base_model is model

@@ -1,0 +1,94 @@
+"""Fine-tuning recipes: what is refused, and the memory that is worked out."""
+
+from pathlib import Path
+
+import pytest
+from emu35.configuration_emu35 import Emu35Config
+from emu35.training.memory import NF4_BYTES, count_adapter, count_parameters, estimate_memory, format_memory
+from emu35.training.recipe import load_recipe, recipe_from_dict
+from emu35.training.sft_plan import plan
+from emu35.training.sft_recipe import SFTRecipe
+
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+VALUES = {"method": "sft", "output_dir": "unused", "data": [{"path": "here"}], "steps": 2, "batch_rows": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stpes": 3}, "unknown key 'stpes'. Did you mean 'steps'"),
+        ({"lora": {"rnk": 3}}, "`recipe.lora`: unknown key 'rnk'. Did you mean 'rank'"),
+        ({"lora": {"targets": ["q_prj"]}}, "no 'q_prj'. Did you mean 'q_proj'"),
+        ({"lora": {"quantization": "int3"}}, '`lora.quantization` must be "nf4"'),
+        ({"data": []}, "`data` must be a list of at least one source"),
+        ({"data": [{"path": "a/x"}, {"path": "b/x"}]}, "`data.name` must be different"),
+        ({"data": [{"path": "x", "weight": 0}]}, "`data.weight` must be positive"),
+        ({"loss_on": "answer"}, "`loss_on` must be one of answers, everything"),
+        ({"batch_rows": 3, "rows": 2}, "`batch_rows` must be a multiple of `rows`=2"),
+        ({"optimizer": {"schedule": "cosin"}}, "`optimizer.schedule` must be one of cosine"),
+        ({"hardware": {"sharding": "fsdp"}}, "`hardware.sharding` must be one of none, fsdp2, zero3"),
+        ({"steps": "many"}, "`recipe.steps` must be of type int"),
+        ({"method": "stf"}, "`recipe.method` must be one of .*'sft'"),
+    ],
+)
+def test_a_wrong_recipe_names_the_key(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_from_dict({**VALUES, **changes})
+
+
+def test_a_step_is_shared_out_over_processes():
+    recipe = recipe_from_dict({**VALUES, "batch_rows": 8, "rows": 2})
+    assert [recipe.accumulation(number) for number in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ValueError, match=r"`batch_rows`=8 must be a multiple of `rows` x processes = 2 x 3"):
+        recipe.accumulation(3)
+
+
+@pytest.mark.parametrize("name", ["tiny-sft", "tiny-lora", "tiny-qlora", "lora-34b", "qlora-34b", "full-34b"])
+def test_shipped_recipes_are_planned_and_fit(name):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert isinstance(recipe, SFTRecipe)
+    text = plan(recipe)
+    assert f"fits into {recipe.hardware.gpu_memory} GiB" in text
+    assert ("34.1 B weights" in text) == name.endswith("34b")
+
+
+def test_numbers_of_the_released_model():
+    config = Emu35Config()
+    numbers = count_parameters(config)
+    assert numbers["embeddings"] == 2 * 282926 * 5120
+    assert numbers["linear"] == 64 * (5120 * 64 * 128 * 2 + 5120 * 8 * 128 * 2 + 3 * 5120 * 25600)
+    assert numbers["vision"] == pytest.approx(455e6, rel=0.01)
+    assert count_adapter(config.text_config, 64, ["q_proj", "down_proj"]) == 64 * 64 * (5120 + 8192 + 25600 + 5120)
+
+
+def bytes_of(items):
+    return {item.name: item.bytes for item in items}
+
+
+def test_memory_is_that_of_each_part(shared_tiny_model):
+    config = shared_tiny_model.config
+    weights = sum(p.numel() for name, p in shared_tiny_model.named_parameters() if "vision" not in name)
+    linear = sum(p.numel() for p in shared_tiny_model.model.layers.parameters() if p.ndim == 2)
+    full = bytes_of(estimate_memory(recipe_from_dict(VALUES), config))
+    assert (full["weights"], full["gradients"], full["optimiser"]) == (4 * weights, 4 * weights, 8 * weights)
+    sharded = {**VALUES, "hardware": {"gpus": 2, "sharding": "fsdp2"}}
+    assert bytes_of(estimate_memory(recipe_from_dict(sharded), config))["weights"] == 2 * weights
+    qlora = {**VALUES, "lora": {"rank": 4, "quantization": "nf4"}, "optimizer": {"name": "adamw_8bit"}}
+    small = bytes_of(estimate_memory(recipe_from_dict(qlora), config))
+    assert small["frozen weights, nf4"] == pytest.approx(NF4_BYTES * linear)
+    assert small["frozen weights"] == 2 * (weights - linear)
+    adapter = count_adapter(config.text_config, 4, recipe_from_dict(qlora).lora.targets)
+    assert small["adapter"] == small["gradients"] == 4 * adapter and small["optimiser"] < 2.1 * adapter
+    repeated = bytes_of(estimate_memory(recipe_from_dict({**VALUES, "gradient_checkpointing": True}), config))
+    assert repeated["inputs of layers"] + repeated["one layer again"] < full["activations"]
+    assert "vision tokenizer" in bytes_of(estimate_memory(recipe_from_dict(VALUES), config, encodes_images=True))
+
+
+def test_what_does_not_fit_is_said():
+    items = estimate_memory(load_recipe(RECIPES / "lora-34b.yaml"), Emu35Config())
+    assert "DOES NOT FIT into 40 GiB" in format_memory(items, 40)
+
+
+def test_a_row_must_fit_the_context():
+    with pytest.raises(ValueError, match="`row_length`=2048 is more than the context: 1024"):
+        plan(recipe_from_dict({**VALUES, "row_length": 2048}))

@@ -1,0 +1,267 @@
+"""Fine-tuning runs on a random model: what they learn and leave, and that interrupted ones end as others do."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig, modeling_emu35
+from emu35.pipelines import Emu35Pipeline
+from emu35.training.checkpointing import read_log
+from emu35.training.data import prepare
+from emu35.training.distributed import launch
+from emu35.training.recipe import recipe_from_dict
+from emu35.training.sft import SFTTrainer, last_checkpoint, load_model, merge_adapter, training_arguments
+from emu35.training.train import train
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+pytest.importorskip("datasets")
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, make_tiny_model, tiny_processor):
+    """A checkpoint, and two sources of data, of which one is prepared."""
+    folder = tmp_path_factory.mktemp("base")
+    dropouts = {"attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0}
+    model = make_tiny_model(hidden_size=64, **dropouts)  # nf4 has blocks of 64
+    model.generation_config = Emu35GenerationConfig(height=16, width=16, max_new_tokens=60)
+    model.save_pretrained(folder / "model")
+    tiny_processor.save_pretrained(folder / "model")
+    for name, number in (("pictures", 12), ("answers", 8)):
+        rows = []
+        (folder / name).mkdir()
+        for index in range(number):
+            pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+            text = "a red fox" if index % 2 else "a blue square"
+            row = {"text": text} if name == "pictures" else {"question": "what is it?", "answer": text}
+            rows.append({"file_name": f"{index}.png", **row})
+        (folder / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(folder / "pictures", folder / "prepared", model.vision_tokenizer, tiny_processor, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(base):
+    def call(folder, resume=True, **changes):
+        values = {
+            "method": "sft",
+            "model": str(base / "model"),
+            "output_dir": str(folder),
+            "steps": STEPS,
+            "data": [{"path": str(base / "prepared")}, {"path": str(base / "answers"), "weight": 0.5}],
+            "eval_data": [{"path": str(base / "prepared")}, {"path": str(base / "answers")}],
+            "row_length": 160,
+            "batch_rows": 4,
+            "rows": 2,
+            "unconditional_share": 0.2,
+            "lora": {"rank": 4, "dropout": 0.2},
+            "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
+            "bf16": False,
+            "dtype": "float32",
+            "log_every": 1,
+            "save_every": 2,
+            "eval_every": STEPS,
+            **changes,
+        }
+        folder.mkdir(exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+        return train(folder / "recipe.yaml", resume=resume, progress=False)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    return folder, run(folder, samples=["a red fox"])
+
+
+def losses(folder):
+    records = read_log(folder / "sft" / "losses.jsonl")
+    return [(one["step"], one["loss"]) for one in records if "loss" in one]
+
+
+def evaluations(folder):
+    return [one for one in read_log(folder / "sft" / "losses.jsonl") if "eval_loss" in one]
+
+
+def test_a_run_learns_and_says_so_by_modality_and_source(finished):
+    folder, _ = finished
+    first, last = evaluations(folder)
+    assert last["eval_loss"] < first["eval_loss"]
+    named = {f"eval_{name}_{modality}_loss" for name in ("prepared", "answers") for modality in ("text", "visual")}
+    assert named - set(first) == {"eval_answers_visual_loss"}  # its images are the user's
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
+    assert len(list((folder / "sft" / "samples").glob("*.png"))) == 2
+
+
+def test_an_adapter_comes_with_a_card(finished):
+    _, exported = finished
+    card = (exported / "README.md").read_text()
+    assert "LoRA adapter" in card and "| `eval_loss` |" in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "peft" and head["tags"] == ["emu35", "lora"]
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe_from_dict(recipe).lora.rank == 4
+
+
+@torch.no_grad()
+def test_adapters_load_in_model_and_pipeline_and_merge(finished, base, tmp_path):
+    _, exported = finished
+    ids = torch.arange(20, 60)[None]
+    plain = Emu35ForConditionalGeneration.from_pretrained(base / "model").eval()
+    wanted = (
+        PeftModel.from_pretrained(Emu35ForConditionalGeneration.from_pretrained(base / "model"), str(exported))
+        .eval()(input_ids=ids)
+        .logits
+    )
+    assert (wanted - plain(input_ids=ids).logits).abs().max() > 0.01
+    plain.load_adapter(str(exported))
+    torch.testing.assert_close(plain(input_ids=ids).logits, wanted)
+    pipe = Emu35Pipeline.from_pretrained(base / "model")
+    pipe.load_lora_weights(exported)
+    torch.testing.assert_close(pipe.model(input_ids=ids).logits, wanted)
+    merge_adapter(exported, tmp_path / "merged")
+    merged = Emu35ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(input_ids=ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(finished, run, tmp_path):
+    """As after `kill -9` while the last checkpoint was written: it is there, but not whole."""
+    folder, _ = finished
+    shutil.copytree(folder / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / f"checkpoint-{STEPS}" / "trainer_state.json").write_text('{"global_st')
+    assert last_checkpoint(tmp_path / "sft").name == "checkpoint-2"
+    exported = run(tmp_path, samples=["a red fox"])
+    assert losses(tmp_path) == losses(folder)
+    again, before = (load_file(path / "adapter_model.safetensors") for path in (exported, folder / "export"))
+    assert all(torch.equal(again[name], before[name]) for name in before) and again.keys() == before.keys()
+
+
+def test_a_folder_belongs_to_one_recipe(finished, run):
+    folder, _ = finished
+    with pytest.raises(ValueError, match="run of another recipe: `row_length` was 160, now 150"):
+        run(folder, row_length=150)
+
+
+def test_the_batch_may_come_in_any_number_of_passes(run, tmp_path):
+    """Gradients of a step are those of all its tokens, whatever pass they came in."""
+    for rows in (1, 2):
+        run(tmp_path / str(rows), rows=rows, lora={"rank": 4}, steps=2, eval_data=[])
+    for (_, one), (_, other) in zip(losses(tmp_path / "1"), losses(tmp_path / "2"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_all_weights(run, base, tmp_path):
+    exported = run(tmp_path, lora=None, gradient_checkpointing=True, optimizer={"learning_rate": 0.001})
+    first, last = evaluations(tmp_path)
+    assert last["eval_loss"] < first["eval_loss"]
+    model = Emu35ForConditionalGeneration.from_pretrained(exported)
+    before = Emu35ForConditionalGeneration.from_pretrained(base / "model")
+    changed = {name for name, p in before.named_parameters() if not torch.equal(p, model.get_parameter(name))}
+    assert "lm_head.weight" in changed and not any(name.startswith("vision_tokenizer") for name in changed)
+    assert "LoRA" not in (exported / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
+def test_qlora(run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    exported = run(tmp_path, lora={"rank": 4, "quantization": "nf4"})
+    first, last = evaluations(tmp_path)
+    assert last["eval_loss"] < first["eval_loss"] and "QLoRA" in (exported / "README.md").read_text()
+
+
+def test_the_loss_is_divided_by_weights_of_tokens(base, tiny_processor, tmp_path):
+    values = {"method": "sft", "output_dir": "", "steps": 1, "row_length": 160, "batch_rows": 4, "rows": 2}
+    values |= {"model": str(base / "model"), "data": [{"path": str(base / "prepared")}], "bf16": False}
+    recipe = recipe_from_dict({**values, "visual_loss_weight": 0.25})
+    model = load_model(recipe)
+    model.vision_tokenizer = None
+    trainer = SFTTrainer(recipe, training_arguments(recipe, tmp_path, progress=False), model, None, tiny_processor)
+    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
+    total = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    with torch.no_grad():
+        losses = [trainer.compute_loss(model, batch, num_items_in_batch=total) for batch in batches]
+        length = max(batch["labels"].shape[1] for batch in batches)
+        whole = {
+            name: torch.cat([F.pad(batch[name], (0, length - batch[name].shape[1]), value=value) for batch in batches])
+            for name, value in (("input_ids", 0), ("labels", -100), ("position_ids", 0))
+        }
+        wanted = model(**whole, use_cache=False).loss
+    assert float(sum(losses)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"row_length": 40}, r"longest example of .*prepared has \d+ tokens, more than `row_length`=40"),
+        ({"row_length": 1000}, "`row_length`=1000 is more than the model's context, 512"),
+        ({"data": [{"path": "./nowhere"}]}, "no file or folder"),
+        (
+            {"batch_rows": 3, "rows": 3, "data": [{"path": "bad"}]},
+            r"none of the first rows of .*bad is good. row 0: the row has no",
+        ),
+    ],
+)
+def test_bad_data_is_told_before_training(run, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "metadata.jsonl").write_text('{"text": "a fox"}\n')
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(tmp_path / "run", **changes)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(run, tmp_path):
+    folder = tmp_path / "one"
+    run(folder, lora={"rank": 4})
+    values = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"rows": 1, "output_dir": str(tmp_path / "two")}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launcher, "-m", "emu35.cli", "train", str(tmp_path / "two.yaml"), "--debug"]
+    subprocess.run(command, check=True, timeout=900)
+    for (_, one), (_, other) in zip(losses(folder), losses(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    first, other = evaluations(folder)[-1], evaluations(tmp_path / "two")[-1]
+    assert first["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-3)
+
+
+def _sharded(rank, directory):
+    """Loss and gradients of the whole model and of the sharded one (accelerate does not shard on a CPU)."""
+    modeling_emu35.LOSS_CHUNK_BYTES = 4 * 400 * 16  # several chunks, computed again in the backward pass
+    model = Emu35ForConditionalGeneration.from_pretrained(directory)
+    model.vision_tokenizer = None
+    ids = torch.arange(20, 84).view(2, 32)
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32).remainder(20).expand(2, 32)}
+    wanted = model(**inputs, use_cache=False).loss
+    wanted.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss, wanted)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_sharded_by_fsdp2_has_the_same_loss_and_gradients(base):
+    launch(_sharded, 2, str(base / "model"))

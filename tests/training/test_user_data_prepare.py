@@ -1,0 +1,92 @@
+"""`emu35 prepare`: shards that a stopped run does not make again, and a report of what was left out."""
+
+import json
+
+import numpy as np
+import pytest
+from emu35.training.data import ExampleWriter, PreparedRows, encode_images, prepare, read_example, read_rows
+from PIL import Image
+
+pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for index in range(7):
+        size = (16, 16) if index % 2 else (32, 16)
+        pixels = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": f"a red fox {index}"})
+    (folder / "3.png").write_bytes(b"no image")
+    rows[5] = {"text": "no answer"}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def run(data, tmp_path, shared_tiny_model, tiny_processor):
+    def call(**options):
+        options = {"rows_per_shard": 3, "progress": False, **options}
+        return prepare(data, tmp_path / "out", shared_tiny_model.vision_tokenizer, tiny_processor, **options)
+
+    return call
+
+
+def test_shards_hold_what_rows_give_and_bad_rows_are_reported(run, data, tmp_path, shared_tiny_model, tiny_processor):
+    summary = run()
+    out = tmp_path / "out"
+    assert summary["examples"] == 5 and summary["left_out"] == 2 and summary["tasks"] == {"t2i": 5}
+    report = [json.loads(line) for line in (out / "report.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in report] == [3, 5]
+    assert "3.png" in report[0]["reason"] and "no answer" in report[1]["reason"]
+    rows, write = PreparedRows(out, tiny_processor), ExampleWriter(tiny_processor)
+    assert len(rows) == 5
+    expected = [write(row) for index, row in enumerate(read_rows(data)) if index not in (3, 5)]
+    for one in expected:
+        encode_images([one], shared_tiny_model.vision_tokenizer.encode, tiny_processor.token_layout)
+    for found, one in zip(map(read_example, rows), expected, strict=True):
+        assert found.input_ids.tolist() == one.input_ids.tolist() and found.spoken.tolist() == one.spoken.tolist()
+    assert summary["tokens"] == sum(map(len, expected)) and summary["longest"] == max(map(len, expected))
+
+
+def test_a_stopped_run_goes_on_where_it_was(run, tmp_path):
+    first = run()
+    shards = sorted((tmp_path / "out").glob("*.parquet"))
+    assert len(shards) == 3
+    before = [path.stat().st_mtime_ns for path in shards]
+    shards[1].unlink()
+    (tmp_path / "out" / "prepared.json").unlink()
+    assert run() == first
+    after = [path.stat().st_mtime_ns for path in shards]
+    assert before[::2] == after[::2] and before[1] != after[1]
+
+
+def test_processes_share_the_shards(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run()["examples"] == 1  # rows 3 to 5, of which two are bad
+    assert [path.name for path in (tmp_path / "out").glob("*.parquet")] == ["shard-00001.parquet"]
+    monkeypatch.setenv("RANK", "0")
+    assert run()["examples"] == 5
+
+
+def test_other_settings_need_another_folder(run, tmp_path, tiny_processor):
+    run()
+    with pytest.raises(ValueError, match="prepared with other settings: max_length was 512, now 100"):
+        run(max_length=100)
+    settings = tmp_path / "out" / "prepared.json"
+    summary = json.loads(settings.read_text())
+    summary["settings"]["num_visual_tokens"] = 7
+    settings.write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        PreparedRows(tmp_path / "out", tiny_processor)
+
+
+def test_the_limit_leaves_long_rows_out(run, tmp_path):
+    summary = run(max_length=40)
+    assert summary["examples"] == 0 and summary["left_out"] == 7
+    with pytest.raises(ValueError, match=r"has no examples; .*report.jsonl tells why"):
+        PreparedRows(tmp_path / "out")

@@ -1,0 +1,194 @@
+"""Folders, files and datasets of users as rows; rows as messages and examples; what is wrong with bad ones."""
+
+import json
+
+import numpy as np
+import pytest
+from emu35.training.data import ExampleWriter, encode_images, labels_of, read_rows, to_messages, without_text
+from emu35.training.data.examples import IGNORED
+from PIL import Image
+
+
+def picture(path, size=(16, 16)):
+    pixels = np.random.default_rng(len(path.name)).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def image_item(name):
+    return {"type": "image", "image": name}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / name)
+    return tmp_path
+
+
+def write_lines(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_a_folder_with_captions_beside_the_images(folder):
+    (folder / "a.txt").write_text("a red fox\n")
+    (folder / "c.txt").write_text("a blue square")
+    rows = read_rows(folder)
+    assert [row.get("text") for row in rows] == ["a red fox", None, "a blue square"]
+    with pytest.raises(ValueError, match=r"b\.png has no caption"):
+        to_messages(rows[1])
+    messages, task = to_messages(rows[0])
+    assert task == "t2i"
+    assert messages[1] == {"role": "assistant", "content": [image_item(str(folder / "a.png"))]}
+
+
+def test_metadata_names_columns_as_datasets_does(folder):
+    write_lines(
+        folder / "metadata.jsonl",
+        {"file_name": "a.png", "text": "a red fox"},
+        {"file_name": "b.png", "input_image_file_name": "a.png", "instruction": "make it blue"},
+        {"file_names": ["a.png", "b.png"], "question": "how many?", "answer": "two"},
+        "{broken",
+    )
+    rows = read_rows(folder)
+    assert to_messages(rows[1]) == (
+        [
+            {"role": "user", "content": [image_item(str(folder / "a.png")), "make it blue"]},
+            {"role": "assistant", "content": [image_item(str(folder / "b.png"))]},
+        ],
+        "x2i",
+    )
+    messages, task = to_messages(rows[2])
+    assert task == "vqa" and len(messages[0]["content"]) == 3 and messages[1]["content"] == "two"
+    with pytest.raises(ValueError, match="line 4 is not JSON"):
+        to_messages(rows[3])
+
+
+def test_messages_take_images_from_their_column_in_order(folder):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "tell a story"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "once"}, {"type": "image"}, {"type": "image"}]},
+    ]
+    path = write_lines(folder / "rows.jsonl", {"messages": messages, "images": ["a.png", "b.png"]})
+    found, task = to_messages(read_rows(path)[0])
+    assert task == "story"
+    assert found[1]["content"][1:] == [image_item(str(folder / name)) for name in ("a.png", "b.png")]
+    with pytest.raises(ValueError, match="more images without a source than `images` has: 1"):
+        to_messages({"messages": messages, "images": ["a.png"]})
+    with pytest.raises(ValueError, match="has 3 images, but `messages` have a place for 2"):
+        to_messages({"messages": messages, "images": ["a.png"] * 3})
+
+
+def test_datasets_with_images_in_them_are_not_decoded_before_their_turn(folder):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": (folder / "a.png").read_bytes()}, {"bytes": b"no image"}], "text": ["fox", "square"]}
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.save_to_disk(folder / "saved")
+    dataset.to_parquet(folder / "rows.parquet")
+    for found in (read_rows(folder / "saved"), read_rows(folder / "rows.parquet", streaming=True)):
+        good, bad = (to_messages(row)[0][1]["content"][0]["image"] for row in found)
+        assert good == (folder / "a.png").read_bytes() and bad == b"no image"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a fox"}, "no answer: there is no column `image`"),
+        ({"messages": [{"role": "user", "content": "hello"}]}, "no answer: its last message"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": []}]}, "no answer"),
+        ({"messages": "hello"}, "`messages` must be a list of dicts"),
+        ({"captoin": "a fox", "image": "a.png"}, "A slip, perhaps: 'captoin' for 'caption'"),
+    ],
+)
+def test_rows_that_make_no_conversation(row, message):
+    with pytest.raises(ValueError, match=message):
+        to_messages(row)
+
+
+def test_data_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        read_rows(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"no metadata\.jsonl"):
+        read_rows(tmp_path)
+    with pytest.raises(ValueError, match=r"none of \.jsonl"):
+        read_rows(picture(tmp_path / "a.png"))
+
+
+# ----------------------------------------------------------------------------------------------------------- examples
+
+
+def conversation(folder):
+    """Two turns: an edit with two pictures in the answer, and one more."""
+    return {
+        "task": "chat",
+        "messages": [
+            {"role": "user", "content": [image_item(str(folder / "a.png")), "two blue ones"]},
+            {
+                "role": "assistant",
+                "content": ["here", image_item(str(folder / "b.png")), image_item(str(folder / "c.png"))],
+            },
+            {"role": "user", "content": "a red one"},
+            {"role": "assistant", "content": [image_item(str(folder / "a.png"))]},
+        ],
+    }
+
+
+def test_the_assistants_words_are_learnt_and_codes_stand_where_the_model_would_put_them(
+    folder, tiny_processor, shared_tiny_model
+):
+    layout = tiny_processor.token_layout
+    example = ExampleWriter(tiny_processor)(conversation(folder))
+    assert len(example.pixel_values) == 4
+    inputs = tiny_processor.apply_chat_template(
+        conversation(folder)["messages"], task="chat", add_generation_prompt=False
+    )
+    resolved = shared_tiny_model.resolve_image_tokens(**inputs)["input_ids"][0]
+    encode_images([example], shared_tiny_model.vision_tokenizer.encode, layout)
+    assert not example.pixel_values and example.input_ids.tolist() == resolved.tolist()
+    labels = labels_of(example)
+    ends = np.flatnonzero(example.input_ids == layout.eos_token_id)
+    begins = np.flatnonzero(example.input_ids == layout.bss_token_id)
+    for begin, end in zip(begins, ends, strict=True):
+        assert (
+            labels[begin] == IGNORED and (labels[begin + 1 : end + 1] == example.input_ids[begin + 1 : end + 1]).all()
+        )
+    assert (labels != IGNORED).sum() == sum(ends - begins)
+    everything = labels_of(example, everything=True)
+    assert everything[0] == IGNORED and (everything[1:] == example.input_ids[1:]).all()
+
+
+def test_without_text_an_answers_images_follow_the_unconditional_prompt(folder, tiny_processor, shared_tiny_model):
+    example = ExampleWriter(tiny_processor)(conversation(folder))
+    encode_images([example], shared_tiny_model.vision_tokenizer.encode, tiny_processor.token_layout)
+    lengths = set()
+    for seed in range(8):
+        bare = without_text(example, tiny_processor, np.random.default_rng(seed))
+        asked = bare.input_ids[~bare.spoken]
+        messages = conversation(folder)["messages"][: 1 if (~bare.spoken).sum() < 60 else 3]
+        inputs = tiny_processor.apply_chat_template(messages, task="chat")
+        resolved = shared_tiny_model.resolve_image_tokens(**inputs)["negative_prompt_ids"][0]
+        assert asked.tolist() == resolved.tolist()
+        size = tiny_processor.token_layout.num_image_tokens(4, 4)
+        lengths.add((len(asked), bare.spoken.sum() // size))
+    assert {images for _, images in lengths} == {1, 2} and len(lengths) == 2
+
+
+def test_an_example_without_images_in_an_answer_keeps_its_text(folder, tiny_processor):
+    example = ExampleWriter(tiny_processor)({"question": "how many?", "image": str(folder / "a.png"), "answer": "two"})
+    assert without_text(example, tiny_processor, np.random.default_rng(0)) is example
+
+
+def test_bad_rows_say_what_is_wrong(folder, tiny_processor):
+    write = ExampleWriter(tiny_processor, max_length=20)
+    with pytest.raises(ValueError, match="`max_length`=20"):
+        write({"text": "a red fox", "image": str(folder / "a.png")})
+    write = ExampleWriter(tiny_processor)
+    with pytest.raises(ValueError, match="no such file"):
+        write({"text": "a red fox", "image": str(folder / "z.png")})
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        write({"text": "a red fox", "image": str(folder / "broken.png")})
+    with pytest.raises(ValueError, match="`task` must be one of"):
+        write({"text": "a red fox", "image": str(folder / "a.png"), "task": "t2j"})
