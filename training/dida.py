@@ -13,7 +13,6 @@ import copy
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
-from .checkpointing import LossLog
 from .dida_attention import PrefixCache, clean_mask, dida_mask
 from .dida_batches import DiDABatch, DiDABatchSource
 from .dida_recipe import DiDARecipe, LoRARecipe
@@ -36,7 +33,7 @@ from .distill import DistilledWriter
 from .distributed import launch
 from .optimizers import MuonAdamW
 from .sequences import IGNORED, SequenceWriter
-from .train_language_model import LanguageModelTrainer, _barrier, _keep_freed_memory, checkpoints
+from .train_language_model import LanguageModelTrainer, _keep_freed_memory, checkpoints, run_steps
 
 logger = logging.getLogger(__name__)
 
@@ -255,28 +252,8 @@ class DiDATrainer(LanguageModelTrainer):
 
 
 def _work(rank: int, recipe: DiDARecipe, directory: str, device: str, progress: bool):
-    directory = Path(directory)
     _keep_freed_memory()
-    trainer = DiDATrainer(recipe, rank, device)
-    found = checkpoints(directory)
-    first = trainer.load(found[-1]) if found else 0
-    _barrier()
-    log = LossLog(directory / "losses.jsonl", first) if rank == 0 else None
-    last = recipe.num_steps - 1
-    bar = tqdm(total=last + 1, initial=first, disable=rank > 0 or not progress, desc="DiDA", unit="step")
-    started = time.monotonic()
-    for step in range(first, last + 1):
-        values = trainer.step(step)
-        if rank == 0:
-            if step % recipe.log_every == 0 or step == last:
-                values = {name: value for name, value in values.items() if value == value}  # no NaN in JSON
-                stage = recipe.stage_at(step)[0].name
-                log.write(step, stage=stage, **values, seconds=round(time.monotonic() - started, 1))
-                bar.set_postfix(stage=stage, visual=f"{values['visual']:.4f}")
-            bar.update()
-        if (step + 1) % recipe.save_every == 0 or step == last:
-            trainer.save(directory, step + 1)
-    bar.close()
+    run_steps(DiDATrainer(recipe, rank, device), Path(directory), "DiDA", progress)
 
 
 def train_dida(

@@ -210,24 +210,37 @@ def _work(
         rank,
         device,
     )
+    run_steps(trainer, directory, "language model", progress)
+
+
+def run_steps(trainer: "LanguageModelTrainer", directory: Path, what: str, progress: bool):
+    """All steps of a run, or those after its last checkpoint; the first process logs them.
+
+    Args:
+        trainer: with `recipe`, `rank`, `load`, `step` and `save`.
+        directory (`Path`): gets checkpoints and `losses.jsonl`.
+        what (`str`): before the progress bar.
+        progress (`bool`): show a progress bar.
+    """
+    recipe, rank = trainer.recipe, trainer.rank
     found = checkpoints(directory)
     first = trainer.load(found[-1]) if found else 0
     _barrier()
     log = LossLog(directory / "losses.jsonl", first) if rank == 0 else None
     last = recipe.num_steps - 1
-    bar = tqdm(total=last + 1, initial=first, disable=rank > 0 or not progress, desc="language model", unit="step")
+    bar = tqdm(total=last + 1, initial=first, disable=rank > 0 or not progress, desc=what, unit="step")
     started, tokens = time.monotonic(), 0
     for step in range(first, last + 1):
         values = trainer.step(step)
         if rank == 0:
             tokens += values.pop("tokens") * recipe.processes
-            seconds = time.monotonic() - started
             if step % recipe.log_every == 0 or step == last:
-                stage = recipe.stage_at(step)[0].name
+                stage, seconds = recipe.stage_at(step)[0].name, time.monotonic() - started
+                values = {name: value for name, value in values.items() if value == value}  # no NaN in JSON
                 log.write(
                     step, stage=stage, **values, tokens_per_second=round(tokens / seconds), seconds=round(seconds, 1)
                 )
-                bar.set_postfix(stage=stage, visual=f"{values['visual']:.4f}", text=f"{values['text']:.4f}")
+                bar.set_postfix(stage=stage, **{k: f"{values[k]:.4f}" for k in ("visual", "text") if k in values})
             bar.update()
         if (step + 1) % recipe.save_every == 0 or step == last:
             trainer.save(directory, step + 1)
