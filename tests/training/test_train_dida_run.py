@@ -77,7 +77,7 @@ def test_a_run_leaves_an_adapter_that_peft_loads(finished):
         torch.testing.assert_close(loaded[name], tensor.float())
     log = losses(folder)
     assert [record["step"] for record in log] == [0, 1, 2, 3]
-    assert all({"loss", "visual", "tokens_per_second"} <= set(record) for record in log)
+    assert all({"loss", "visual", "sequences"} <= set(record) for record in log)
     assert all(value == value for record in log for value in record.values())
 
 
