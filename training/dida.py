@@ -32,6 +32,7 @@ from .dida_recipe import DiDARecipe, LoRARecipe
 from .distill import DistilledWriter
 from .distributed import launch
 from .optimizers import MuonAdamW
+from .recipe import checkpoint_path
 from .sequences import IGNORED, SequenceWriter
 from .train_language_model import LanguageModelTrainer, _keep_freed_memory, checkpoints, run_steps
 
@@ -39,13 +40,6 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "dida"
 NUM_TIME_BUCKETS = 4
-
-
-def model_path(recipe: DiDARecipe) -> str:
-    """The checkpoint that a recipe starts from."""
-    import emu35
-
-    return str(emu35.TINY) if recipe.model == "tiny" else recipe.model
 
 
 def build_scheduler(model: Emu35ForConditionalGeneration, settings: dict[str, Any]) -> DiDAScheduler:
@@ -173,7 +167,7 @@ class DiDATrainer(LanguageModelTrainer):
 
     def __init__(self, recipe: DiDARecipe, rank: int = 0, device: str = "cpu"):
         self.recipe, self.rank, self.device = recipe, rank, torch.device(device)
-        path = model_path(recipe)
+        path = checkpoint_path(recipe.model)
         processor = Emu35Processor.from_pretrained(path)
         dtype = torch.float32 if recipe.lora is None else getattr(torch, recipe.dtype)
         self.model = Emu35ForConditionalGeneration.from_pretrained(path, dtype=dtype).to(self.device).eval()
@@ -240,7 +234,7 @@ class DiDATrainer(LanguageModelTrainer):
         if self.adapted is not None:
             save_adapter(self.adapted, self.scheduler, directory)
             return
-        path = model_path(self.recipe)
+        path = checkpoint_path(self.recipe.model)
         stored = Emu35ForConditionalGeneration.config_class.from_pretrained(path).dtype or torch.bfloat16
         self.model.model.to(stored)
         self.model.lm_head.to(stored)

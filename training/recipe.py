@@ -191,7 +191,8 @@ class Recipe(StagedRecipe):
         seed (`int`): of weights and data.
         processes (`int`):
             batches a step whose gradients are averaged; on a CPU each has a process of its own, of one thread.
-        vision_tokenizer (`dict`): stage 1, see [`VisionTokenizerRecipe`].
+        vision_tokenizer (`dict` or `str`):
+            stage 1, see [`VisionTokenizerRecipe`]; or the checkpoint to take it from ("tiny": `emu35.TINY`).
         text_vocabulary (`int`): text and control tokens (at least 272).
         model (`dict`): fields of [`Emu35TextConfig`]; the vocabulary size follows from the two vocabularies.
         visual_loss_weight (`float`): of visual tokens in the loss.
@@ -207,7 +208,7 @@ class Recipe(StagedRecipe):
     output_dir: str
     stages: list[StageRecipe]
     model: dict[str, Any]
-    vision_tokenizer: VisionTokenizerRecipe
+    vision_tokenizer: VisionTokenizerRecipe | str
     export_dir: str | None = None
     seed: int = 0
     processes: int = 2
@@ -229,6 +230,13 @@ class Recipe(StagedRecipe):
         for name in ("vocab_size", "pad_token_id"):
             if name in self.model:
                 raise ValueError(f"`model.{name}` follows from the tokenizers; leave it out.")
+
+
+def checkpoint_path(name: str) -> str:
+    """The folder or repository that a recipe means; "tiny" is `emu35.TINY`."""
+    import emu35
+
+    return str(emu35.TINY) if name == "tiny" else name
 
 
 def load_recipe(path: str | os.PathLike) -> "Recipe | DiDARecipe | SFTRecipe | GRPORecipe":
@@ -291,8 +299,9 @@ def _convert(expected: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(expected):
         return _build(expected, value, where)
     if get_origin(expected) in (Union, types.UnionType):
-        if value is None and type(None) in get_args(expected):
-            return None
+        for plain in (type(None), str):
+            if plain in get_args(expected) and isinstance(value, plain):
+                return value
         return _convert(next(arg for arg in get_args(expected) if arg is not type(None)), value, where)
     if get_origin(expected) is list:
         if not isinstance(value, list):

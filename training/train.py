@@ -24,7 +24,7 @@ from emu35.tokenization_emu35 import token_layout_from_tokenizer, train_small_to
 from .dida_recipe import DiDARecipe
 from .export import export
 from .grpo_recipe import GRPORecipe
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, checkpoint_path, load_recipe
 from .sequences import sample_texts
 from .sft_recipe import SFTRecipe
 from .shapes import IMAGE_SIZE
@@ -83,7 +83,11 @@ def train(
         logger.info("the adapter or the improved model is in %s", export_dir)
         return export_dir
     logger.info("stage 1: visual vocabulary")
-    vision_tokenizer = train_vision_tokenizer(recipe.vision_tokenizer, vision_tokenizer_dir, device, progress)
+    if isinstance(recipe.vision_tokenizer, str):
+        vision_tokenizer = Emu35VisionTokenizer.from_pretrained(checkpoint_path(recipe.vision_tokenizer))
+        vision_tokenizer.save_pretrained(vision_tokenizer_dir)
+    else:
+        vision_tokenizer = train_vision_tokenizer(recipe.vision_tokenizer, vision_tokenizer_dir, device, progress)
     processor = build_processor(recipe, vision_tokenizer)
     processor.save_pretrained(processor_dir)
     logger.info("stages 2 to 4: language model")

@@ -94,6 +94,18 @@ def test_a_run_leaves_a_model_that_loads(finished):
     assert output.images[0][0].size == (48, 48)
 
 
+def test_a_vision_tokenizer_can_be_that_of_a_checkpoint(finished, tmp_path):
+    """No stage 1; the rest of the run is the same to the bit."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**VALUES, "vision_tokenizer": str(finished / "out" / "export")}))
+    train(path, output_dir=tmp_path / "out", progress=False)
+    assert losses(tmp_path / "out" / "language_model") == losses(finished / "out" / "language_model")
+    ours, given = (
+        Emu35VisionTokenizer.from_pretrained(folder / "out" / "export").state_dict() for folder in (tmp_path, finished)
+    )
+    assert all(torch.equal(ours[name], given[name]) for name in given)
+
+
 def test_a_finished_run_is_not_repeated(finished):
     before = {p: p.read_text() for p in (finished / "out").rglob("*.jsonl")}
     train(finished / "recipe.yaml", output_dir=finished / "out", progress=False)
