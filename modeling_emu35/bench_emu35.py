@@ -6,6 +6,7 @@
     start   a first picture from a cold start, by the shipped tiny model
     decode  the image decoders: passes and seconds an image, accepted guesses (`bench_decode_emu35`)
     dida    parallel decoding beside `ar`: passes and seconds an image, by size of the image (`bench_dida_emu35`)
+    train   steps of fine-tuning: tokens per second and memory (`training.bench_train`; see [`register_part`])
 
 Both sides of a ratio are measured in the same run; see `bench_memory_emu35` for how memory is.
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,30 @@ from .modeling_emu35 import Emu35ForConditionalGeneration
 PARTS = ("image", "vision", "loss", "start", "decode", "dida")
 #: Parts by size.
 SIZES = {"tiny": PARTS, "34b": ("image", "dida")}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that another package brings.
+
+    Args:
+        measure (`Callable`): `(quick, device, dtype, seed)` -> results, fit for JSON.
+        tables (`Callable`): results -> (title, head, rows) of each table.
+        targets (`Callable`): results -> (name, target, measured value, whether it is reached) of each target.
+    """
+
+    measure: Callable[[bool, str, torch.dtype, int], dict[str, Any]]
+    tables: Callable[[dict[str, Any]], list[tuple[str, list[str], list[list[str]]]]]
+    targets: Callable[[dict[str, Any]], list[tuple[str, str, float, bool]]]
+
+
+_PARTS_OF_OTHERS: dict[str, Part] = {}
+
+
+def register_part(name: str, part: Part):
+    """Adds a part of `size` "tiny" to [`run_benchmark`]: this package imports none of those that build on it."""
+    _PARTS_OF_OTHERS[name] = part
+
 
 BATCH_SIZES = (1, 4, 8, 16)
 #: Codes of the image, height x width: as many row ends a code as in a 64 x 64 image.
@@ -54,7 +80,7 @@ def run_benchmark(
     """Runs the benchmark.
 
     Args:
-        parts (`Sequence[str]`): of `PARTS`; default: all that `size` has.
+        parts (`Sequence[str]`): of `PARTS`, or registered; default: all that `size` has.
         size (`str`): "tiny", or "34b": the released size with random weights, on a GPU ("image" and "dida").
         quick (`bool`): fewer repetitions, smaller inputs. The targets are not judged then.
         device (`str`), dtype (`torch.dtype`, *optional*): default float32 for "tiny" on a CPU, else bfloat16.
@@ -66,13 +92,15 @@ def run_benchmark(
     """
     if size not in SIZES:
         raise ValueError(f"`size` must be one of {', '.join(SIZES)}, got {size!r}.")
-    parts = tuple(parts) or SIZES[size]
-    unknown = [part for part in parts if part not in PARTS]
+    others = {} if size != "tiny" else _PARTS_OF_OTHERS
+    known = (*SIZES[size], *others)
+    parts = tuple(parts) or known
+    unknown = [part for part in parts if part not in (*PARTS, *_PARTS_OF_OTHERS)]
     if unknown:
-        raise ValueError(f"`parts` must be of {', '.join(PARTS)}, got {unknown[0]!r}.")
-    unknown = [part for part in parts if part not in SIZES[size]]
+        raise ValueError(f"`parts` must be of {', '.join((*PARTS, *_PARTS_OF_OTHERS))}, got {unknown[0]!r}.")
+    unknown = [part for part in parts if part not in known]
     if unknown:
-        raise ValueError(f"`size`={size!r} has the parts {', '.join(SIZES[size])} only, got {unknown[0]!r}.")
+        raise ValueError(f"`size`={size!r} has the parts {', '.join(known)} only, got {unknown[0]!r}.")
     if dtype is None:
         dtype = torch.float32 if size == "tiny" and torch.device(device).type == "cpu" else torch.bfloat16
     if size == "34b":
@@ -86,6 +114,8 @@ def run_benchmark(
         "decode": lambda: bench_decode(quick, device, dtype, seed),
         "dida": lambda: bench_dida(size, quick, device, dtype, seed, memory_bandwidth(device)),
     }
+    for name, other in others.items():
+        steps[name] = lambda measure=other.measure: measure(quick, device, dtype, seed)
     with tqdm(parts, disable=None, unit="part") as bar:
         for part in bar:
             bar.set_description(part)
@@ -302,6 +332,8 @@ def _targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         rows += decode_targets(results["decode"])
     if "dida" in results:
         rows += dida_targets(results["dida"])
+    for name, other in _PARTS_OF_OTHERS.items():
+        rows += other.targets(results[name]) if name in results else ()
     return [
         {"name": name, "target": target, "value": value, "reached": reached} for name, target, value, reached in rows
     ]
@@ -350,7 +382,8 @@ def format_results(results: dict[str, Any]) -> str:
         start = results["start"]
         seconds = f"{start['seconds']:.1f} s" if "seconds" in start else f"skipped: {start['skipped']}"
         lines += ["", f"first picture from a cold start: {seconds}"]
-    for part, tables in (("decode", decode_tables), ("dida", dida_tables)):
+    others = [(name, other.tables) for name, other in _PARTS_OF_OTHERS.items()]
+    for part, tables in (("decode", decode_tables), ("dida", dida_tables), *others):
         for title, head, rows in tables(results[part]) if part in results else ():
             lines += ["", title, *(_table(head, rows) if head else ())]
     if results["targets"]:

@@ -79,7 +79,7 @@ def bench_vision(quick: bool, device: str, seed: int) -> dict[str, Any]:
     height, width = VISION_GRID if not quick else (16, 16)
     with tempfile.TemporaryDirectory() as folder:
         ours, plain = (
-            _in_own_process("vision", way, device, seed, height, width, str(Path(folder, f"{way}.npy")))
+            in_own_process("vision", way, device, seed, height, width, str(Path(folder, f"{way}.npy")))
             for way in ("ours", "plain")
         )
         codes = [np.load(Path(folder, f"{way}.npy")) for way in ("ours", "plain")]
@@ -127,15 +127,15 @@ def bench_loss(quick: bool, device: str, seed: int) -> dict[str, Any]:
     """Forward and backward of the loss, by the model's own code and by whole logits and cross-entropy."""
     tokens = LOSS_TOKENS if not quick else LOSS_TOKENS // 16
     needed = 3.2 * tokens * Emu35TextConfig.vocab_size * 4 + 2e9
-    free = _free_bytes(device)
+    free = free_bytes(device)
     result: dict[str, Any] = {"tokens": tokens, "vocabulary": Emu35TextConfig.vocab_size}
-    ours = _in_own_process("loss", "ours", device, seed, tokens)
+    ours = in_own_process("loss", "ours", device, seed, tokens)
     result |= {"seconds": ours["seconds"], "extra_bytes": ours["extra_bytes"], "loss": ours["loss"]}
     if free is not None and free < needed:
         return result | {
             "skipped": f"the plain way needs {needed / 2**30:.1f} GiB of free memory, and there are {free / 2**30:.1f}"
         }
-    plain = _in_own_process("loss", "plain", device, seed, tokens)
+    plain = in_own_process("loss", "plain", device, seed, tokens)
     return result | {
         "plain_seconds": plain["seconds"],
         "plain_extra_bytes": plain["extra_bytes"],
@@ -184,10 +184,11 @@ class Memory:
         else:
             self.before = _status_bytes("VmRSS") or _peak_bytes()
 
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _peak_bytes()
+
     def extra_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        return _peak_bytes() - self.before
+        return self.peak_bytes() - self.before
 
 
 def _peak_bytes() -> int:
@@ -206,7 +207,8 @@ def _status_bytes(name: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
-def _free_bytes(device: str) -> int | None:
+def free_bytes(device: str) -> int | None:
+    """Memory that is left, or `None` where nobody tells."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     path = Path("/proc/meminfo")
@@ -217,8 +219,15 @@ def _free_bytes(device: str) -> int | None:
 _MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {"vision": measure_vision, "loss": measure_loss}
 
 
-def _in_own_process(*measurement: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "emu35.bench_memory_emu35", json.dumps(measurement)]
+def in_own_process(*measurement: Any, module: str = "emu35.bench_memory_emu35") -> dict[str, Any]:
+    """What a measurement of a module prints as JSON on its last line.
+
+    Args:
+        measurement: what the module reads, as JSON, from its only argument.
+    Raises:
+        RuntimeError: if it fails.
+    """
+    command = [sys.executable, "-m", module, json.dumps(measurement)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:

@@ -104,16 +104,16 @@ def test_the_large_size_is_the_released_one():
 
 def test_a_failing_measurement_is_told():
     with pytest.raises(RuntimeError, match="no-way"):
-        bench_memory_emu35._in_own_process("no-way")
+        bench_memory_emu35.in_own_process("no-way")
 
 
 def test_too_little_memory_skips_the_plain_loss(monkeypatch):
     ours = {"seconds": 1.0, "extra_bytes": 10, "loss": 2.0}
-    monkeypatch.setattr(bench_memory_emu35, "_in_own_process", lambda *args: ours)
-    monkeypatch.setattr(bench_memory_emu35, "_free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(bench_memory_emu35, "in_own_process", lambda *args: ours)
+    monkeypatch.setattr(bench_memory_emu35, "free_bytes", lambda device: 10**9)
     result = bench_loss(quick=False, device="cpu", seed=0)
     assert "needs" in result["skipped"] and "memory_ratio" not in result
-    monkeypatch.setattr(bench_memory_emu35, "_free_bytes", lambda device: 10**12)
+    monkeypatch.setattr(bench_memory_emu35, "free_bytes", lambda device: 10**12)
     assert bench_loss(quick=False, device="cpu", seed=0)["memory_ratio"] == 1.0
 
 

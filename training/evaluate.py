@@ -27,6 +27,8 @@ from tqdm.auto import tqdm
 
 from .contact_sheet import contact_sheet, episode_sheet
 from .play import play, said
+from .rewards.mix import HIGHEST, LOWEST
+from .rewards.world import grade
 from .shapes import (
     EPISODES,
     IMAGE_SIZE,
@@ -90,8 +92,9 @@ def evaluate(
             a PNG with the first images and their sentences, or with the first episodes.
         settings: further settings of `generate`, for example `image_top_k`.
     Returns:
-        `dict` of plain values, rates in [0, 1]. "t2i": `whole_scene` (`all`, by number of objects, by caption),
-        `aspects` (of what the captions say), `held_out`. "vqa": `accuracy`, `by_kind`, `describe` (whole description
+        `dict` of plain values, rates in [0, 1], and but for "reconstruction" `world_reward`, the mean of
+        [`WorldReward`] brought to [1, 10]. "t2i": `whole_scene` (`all`, by number of objects, by caption), `aspects`
+        (of what the captions say), `held_out`. "vqa": `accuracy`, `by_kind`, `describe` (whole description
         exact), `held_out`. "reconstruction": see [`evaluate_vision_tokenizer`]. Episodes: `rates`, the mean of all
         that the task's checker marks, `marked`, in how many episodes it did, and `by_kind`.
     Raises:
@@ -179,7 +182,7 @@ class _Evaluation:
             for aspect, value in marks.items():
                 if aspect != "whole_scene" and value is not None:
                     aspects[aspect].append(value)
-        return {"whole_scene": _means(whole), "aspects": _means(aspects)}
+        return {**_world_reward("t2i", marked), "whole_scene": _means(whole), "aspects": _means(aspects)}
 
     def draw(self, texts: list[str], generator: torch.Generator) -> list[Image.Image | None]:
         """An image for each text; `None` where the answer holds none of the world's size."""
@@ -205,6 +208,7 @@ class _Evaluation:
         if self.samples_path is not None and not held_out:
             episode_sheet(played[:_NUM_EPISODES], self.samples_path)
         return {
+            **_world_reward(_TEMPLATES.get(task, task), [marks for _, _, marks in played]),
             "rates": _means(rates),
             "marked": {name: len(values) for name, values in sorted(rates.items())},
             "by_kind": {kind: _means(own) for kind, own in sorted(kinds.items())},
@@ -222,8 +226,10 @@ class _Evaluation:
             answer == question.answer
             for _, question, answer in self._ask(described, [describe(scene, rng) for scene in described])
         ]
+        marked = [{"answer": right} for values in kinds.values() for right in values]
         return {
-            "accuracy": float(np.mean([right for values in kinds.values() for right in values])),
+            **_world_reward("vqa", marked),
+            "accuracy": float(np.mean([marks["answer"] for marks in marked])),
             "by_kind": _means(kinds),
             "by_objects": _means(objects),
             "describe": float(np.mean(exact)),
@@ -249,6 +255,11 @@ def _mark(item: Caption, image: Image.Image | None) -> dict[str, Any]:
     if image is None:
         image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (255, 0, 255))  # no colour of the world: nothing is right
     return score(item.meaning, read_scenes(np.asarray(image)[None])[0])
+
+
+def _world_reward(task: str, marked: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of [`WorldReward`], where a [`RewardMix`] has brought it."""
+    return {"world_reward": LOWEST + (HIGHEST - LOWEST) * float(np.mean([grade(task, marks) for marks in marked]))}
 
 
 def _means(groups: dict[str, list]) -> dict[str, float]:

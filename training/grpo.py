@@ -25,21 +25,25 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.processing_emu35 import Emu35Processor
-from peft import LoraConfig
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
-from trl import GRPOConfig, GRPOTrainer
 
-from .checkpointing import LossLog
+try:
+    from trl import GRPOConfig, GRPOTrainer
+except ImportError as error:
+    raise ImportError("GRPO needs `trl`: `pip install 'emu35[train]'`.") from error
+
+from .checkpointing import LossLog, read_log
 from .contact_sheet import contact_sheet
 from .distributed import launch, world_size
+from .grpo_card import LOG, write_card
 from .grpo_prompts import load_prompts, prompt_tasks
 from .grpo_recipe import GRPORecipe
+from .lora import load_base, lora_config
+from .recipe import checkpoint_path
 from .rewards.base import prompt_text
 from .rollout import TokenKind, add_answer_scores, answer_seed, as_messages, draw_answers
-from .sft import model_path
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +100,7 @@ class Emu35GRPOTrainer(GRPOTrainer):
                 args=args,
                 train_dataset=prompts,
                 processing_class=processor.tokenizer,
-                peft_config=None if recipe.lora is None else lora_config(recipe),
+                peft_config=None if recipe.lora is None else lora_config(recipe.lora),
                 rollout_func=self._answer,
                 callbacks=[_Log(self)],
             )
@@ -261,7 +265,7 @@ class _Log(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.log = LossLog(self.trainer.directory / "log.jsonl", state.global_step + 1)
+            self.log = LossLog(self.trainer.directory / LOG, state.global_step + 1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.log is None or "train_runtime" in (logs or {}):
@@ -308,17 +312,6 @@ def trainer_arguments(recipe: GRPORecipe, directory: str | os.PathLike, device: 
     )
 
 
-def lora_config(recipe: GRPORecipe) -> LoraConfig:
-    names = "|".join(recipe.lora.targets)
-    return LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        target_modules=rf".*\.layers\.\d+\.(self_attn|mlp)\.({names})",
-        lora_dropout=0.0,
-        bias="none",
-    )
-
-
 def load_policy(
     recipe: GRPORecipe, path: str | None = None, device: str = "cpu"
 ) -> tuple[Emu35ForConditionalGeneration, dict[str, float]]:
@@ -327,42 +320,21 @@ def load_policy(
     Dropout of this model is no module, so that TRL's `disable_dropout` does not find it; with it, log-probabilities
     would not be those the answers were drawn with.
     """
-    options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
-    if recipe.lora is not None and recipe.lora.quantization is not None:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=options["dtype"],
-            bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=["lm_head", "vision_tokenizer"],
-        )
-        if device != "cpu":
-            options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    model = Emu35ForConditionalGeneration.from_pretrained(path or model_path(recipe), **options)
+    dtype = getattr(torch, recipe.dtype)
+    compute_dtype = torch.bfloat16 if recipe.bf16 else dtype
+    model = load_base(path or checkpoint_path(recipe.model), recipe.lora, dtype, device, compute_dtype)
     model.set_attn_implementation(recipe.attn_implementation)
     if model.vision_tokenizer is not None:
         model.vision_tokenizer.requires_grad_(False)
-    if path is None and recipe.weight_noise:
-        add_noise(model.model, recipe.weight_noise, recipe.seed)
-        model.model.to(stored_dtype(recipe)).to(options["dtype"])  # as it is saved
     return model, set_dropout(model)
 
 
 def stored_dtype(recipe: GRPORecipe) -> torch.dtype:
     """Of the checkpoint that a recipe starts from."""
-    return Emu35ForConditionalGeneration.config_class.from_pretrained(model_path(recipe)).dtype or torch.bfloat16
-
-
-@torch.no_grad()
-def add_noise(decoder: nn.Module, scale: float, seed: int):
-    """Gaussian noise on all matrices of the layers, of `scale` times each one's standard deviation."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, parameter in sorted(decoder.layers.named_parameters()):
-        if parameter.ndim == 2:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter += (scale * parameter.float().std().cpu() * noise).to(parameter)
+    return (
+        Emu35ForConditionalGeneration.config_class.from_pretrained(checkpoint_path(recipe.model)).dtype
+        or torch.bfloat16
+    )
 
 
 def set_dropout(model: Emu35ForConditionalGeneration, rates: dict[str, float] | None = None) -> dict[str, float]:
@@ -397,17 +369,14 @@ def _check_same_run(recipe: GRPORecipe, checkpoint: Path):
 
 def _work(rank: int, recipe: GRPORecipe, rewards, directory: str, export_dir: str, device: str, progress: bool):
     if dist.is_initialized():  # accelerate finds out by these
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size(), "OMP_NUM_THREADS": 1}
+        own = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+        own |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), world_size())
         os.environ.update({name: str(value) for name, value in own.items()})
     checkpoint = last_checkpoint(directory)
     if checkpoint is not None:
         _check_same_run(recipe, checkpoint)
     model, dropout = load_policy(recipe, device=device)
-    processor = Emu35Processor.from_pretrained(model_path(recipe))
-    start = Path(directory) / "start"
-    if rank == 0 and recipe.weight_noise and not start.is_dir():
-        save_model(model, processor, start, stored_dtype(recipe), dropout)  # to be compared with
-        model, dropout = load_policy(recipe, device=device)
+    processor = Emu35Processor.from_pretrained(checkpoint_path(recipe.model))
     reference = None
     if recipe.reference is not None:
         reference, _ = load_policy(recipe, None if recipe.reference == "start" else recipe.reference, device)
@@ -421,6 +390,8 @@ def _work(rank: int, recipe: GRPORecipe, rewards, directory: str, export_dir: st
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(export_dir)
     elif rank == 0:
         save_model(trainer.base_model, processor, export_dir, stored_dtype(recipe), dropout)
+    if rank == 0:
+        write_card(export_dir, recipe, read_log(Path(directory) / LOG))
     trainer.accelerator.wait_for_everyone()
 
 
@@ -452,9 +423,8 @@ def train_grpo(
 
     Args:
         recipe ([`GRPORecipe`]): what to do.
-        directory (`str` or `os.PathLike`):
-            gets checkpoints, `log.jsonl`, pages of `samples` and, with `weight_noise`, the noisy model as `start`.
-        export_dir (`str` or `os.PathLike`): gets the adapter (a PEFT folder) or the model.
+        directory (`str` or `os.PathLike`): gets checkpoints, `log.jsonl` and pages of `samples`.
+        export_dir (`str` or `os.PathLike`): gets the adapter (a PEFT folder) or the model, and a card with curves.
         rewards (`Callable` or a list of them, *optional*):
             instead of the recipe's: `reward(prompts, completions, **columns) -> list[float | None]`. `prompts` are
             texts; columns are those of the prompts, `messages` (the prompts with their images), and `images`, `texts`
@@ -462,14 +432,16 @@ def train_grpo(
         device (`str`): "cpu": `recipe.processes` processes share a step; "cuda": those that `accelerate launch` made.
         progress (`bool`): show a progress bar.
     Raises:
+        OSError: if there is no such model.
         ValueError: if the recipe's numbers don't come out even, `directory` holds a run of another recipe, or a reward
             returns another number of values than there are answers.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
     processes = int(os.environ["WORLD_SIZE"]) if launched else recipe.processes if device == "cpu" else 1
-    recipe.accumulation(processes)  # raises before anything is loaded
+    recipe.accumulation(processes)  # this and what follows raise before anything is loaded
+    stored_dtype(recipe)
     if rewards is None:
-        recipe.reward_mix(prompt_tasks(load_prompts(recipe)))  # the same; each process then has its own
+        recipe.reward_mix(prompt_tasks(load_prompts(recipe)))  # each process then has its own
     Path(directory).mkdir(parents=True, exist_ok=True)
     arguments = (recipe, rewards, str(directory), str(export_dir), device, progress)
     if launched:

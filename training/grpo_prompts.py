@@ -4,8 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset, load_from_disk
 from emu35.prompts_emu35 import get_template
+from PIL import Image, UnidentifiedImageError
+
+try:
+    from datasets import Dataset, load_dataset, load_from_disk
+except ImportError as error:
+    raise ImportError("GRPO needs `datasets`: `pip install 'emu35[train]'`.") from error
 
 from .evaluate import _TEMPLATES
 from .grpo_recipe import GRPORecipe
@@ -19,8 +24,8 @@ def load_prompts(recipe: GRPORecipe) -> Dataset:
     """The prompts of a run, as many as it needs or the file holds; rows are as [`PromptsRecipe`] says.
 
     Raises:
-        FileNotFoundError, ValueError: if the file is missing, lacks a column, has an unknown task, or fewer rows than
-            a step needs.
+        FileNotFoundError, ValueError: if the file or an image is missing, or the file lacks a column, has an unknown
+            task, an empty prompt, a broken image, or fewer rows than a step needs.
     """
     if recipe.prompts.world is not None:
         return world_prompts(recipe)
@@ -44,12 +49,35 @@ def load_prompts(recipe: GRPORecipe) -> Dataset:
         )
     for task in set(dataset["task"]):
         get_template(task)  # raises for an unknown one
+    for number, prompt in enumerate(dataset["prompt"]):
+        _check_prompt(prompt, f"{path}, row {number}")
     if len(dataset) < recipe.prompts_per_step:
         raise ValueError(
             f"{path} has {len(dataset)} prompts, but a step takes {recipe.prompts_per_step} (`rollouts_per_step` / "
             "`group_size`). Lower `rollouts_per_step` or give more prompts."
         )
     return dataset.with_transform(lambda rows: {**rows, "prompt": [_without_nones(one) for one in rows["prompt"]]})
+
+
+def _check_prompt(prompt: str | list[dict[str, Any]] | None, where: str):
+    """Raises for what would end a run when its turn comes."""
+    if not prompt:
+        raise ValueError(f"{where}: `prompt` is empty. Write one, or leave the row out.")
+    if isinstance(prompt, str):
+        return
+    if prompt[-1]["role"] != "user":
+        raise ValueError(f"{where}: the last message must be the user's, is of {prompt[-1]['role']!r}.")
+    for message in prompt:
+        for part in [] if isinstance(message["content"], str) else message["content"]:
+            file = part.get("path") or part.get("image")
+            if part["type"] != "image" or not isinstance(file, str) or "://" in file:
+                continue
+            try:
+                Image.open(file).close()
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{where}: there is no image {file}.") from error
+            except UnidentifiedImageError as error:
+                raise ValueError(f"{where}: {file} is no image, or a broken one.") from error
 
 
 def prompt_tasks(prompts: Dataset) -> set[str]:

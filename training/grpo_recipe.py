@@ -96,10 +96,7 @@ class GRPORecipe:
         output_dir (`str`): gets logs, samples and checkpoints.
         export_dir (`str`): gets the finished adapter or model; `None`: `output_dir`/export.
         model (`str`): checkpoint to start from; "tiny": `emu35.TINY`.
-        weight_noise (`float`):
-            Gaussian noise on the decoder's matrices before training, in standard deviations of each: a model that is
-            deliberately worse, to show on it what rewards can do.
-        seed (`int`): of prompts, answers, noise and adapter.
+        seed (`int`): of prompts, answers and adapter.
         processes (`int`): on a CPU, of one thread each. On GPUs `accelerate launch` says how many there are.
         prompts ([`PromptsRecipe`]): what is asked.
         rewards (`list[RewardRecipe]`): what answers are worth: their weighted mean, each brought to [1, 10] before.
@@ -134,7 +131,6 @@ class GRPORecipe:
     method: str = "grpo"
     export_dir: str | None = None
     model: str = "tiny"
-    weight_noise: float = 0.0
     seed: int = 0
     processes: int = 2
     rollouts_per_step: int = 64
@@ -164,7 +160,7 @@ class GRPORecipe:
         positive = "steps processes rollouts_per_step micro_batch updates_per_rollout epsilon learning_rate"
         for name in (*positive.split(), "gradient_clip", "log_every", "save_every", "samples_every"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        for name in ("weight_noise", "beta", "warmup_steps"):
+        for name in ("beta", "warmup_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")
         _require(self.group_size > 1, "group_size", self.group_size, "at least 2: answers are compared in groups")
         _require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
@@ -191,8 +187,6 @@ class GRPORecipe:
         else:
             dropout = "0: log-probabilities must be those the answers were drawn with"
             _require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, dropout)
-            if self.lora.quantization is not None and self.weight_noise:
-                raise ValueError("`weight_noise` is for weights that are not quantised. Leave one of them out.")
         if self.save_every % self.updates_per_rollout:
             raise ValueError(
                 f"`save_every`={self.save_every} must be a multiple of `updates_per_rollout`="

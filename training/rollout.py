@@ -233,7 +233,8 @@ def add_answer_scores(model: Emu35ForConditionalGeneration, settings: RolloutSet
     def forward(*args, token_kinds: torch.Tensor | None = None, **kwargs):
         if token_kinds is None:
             return original(*args, **kwargs)
-        return score_answers(model, *args, token_kinds=token_kinds, settings=settings, **kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes all arguments on
+        return score_answers(model, *args, token_kinds=token_kinds, settings=settings, **given)
 
     model.forward = forward
 

@@ -6,31 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from emu35.model_cards.cards import base_name, finetuned_card
 
 from .sft_recipe import SFTRecipe
-
-_USE_ADAPTER = """\
-```python
-import emu35
-from transformers import AutoModelForMultimodalLM, AutoProcessor
-
-model = AutoModelForMultimodalLM.from_pretrained({base!r}, dtype="auto")
-model.load_adapter("PATH_OF_THIS_FOLDER")
-processor = AutoProcessor.from_pretrained({base!r})
-```
-
-Or in a pipeline: `Emu35Pipeline.from_pretrained({base!r}).load_lora_weights("PATH_OF_THIS_FOLDER")`.
-Or merged into the weights: `emu35.training.sft.merge_adapter("PATH_OF_THIS_FOLDER", "MERGED")`.
-"""
-_USE_MODEL = """\
-```python
-import emu35
-from transformers import AutoModelForMultimodalLM, AutoProcessor
-
-model = AutoModelForMultimodalLM.from_pretrained("PATH_OF_THIS_FOLDER", dtype="auto")
-processor = AutoProcessor.from_pretrained("PATH_OF_THIS_FOLDER")
-```
-"""
 
 
 def write_card(directory: str | os.PathLike, recipe: SFTRecipe, log: list[dict[str, Any]]):
@@ -40,30 +18,19 @@ def write_card(directory: str | os.PathLike, recipe: SFTRecipe, log: list[dict[s
         recipe ([`SFTRecipe`]): how it was trained.
         log (`list[dict]`): what the Trainer has logged (`state.log_history`).
     """
-    base = "emu35.TINY" if recipe.model == "tiny" else recipe.model
-    kind = "model" if recipe.lora is None else "QLoRA adapter" if recipe.lora.quantization else "LoRA adapter"
-    tags = {"base_model": recipe.model, "library_name": "transformers" if recipe.lora is None else "peft"}
-    use = (_USE_MODEL if recipe.lora is None else _USE_ADAPTER).format(base=base).replace(f"{base!r}", _quoted(base))
+    kind = "Model" if recipe.lora is None else "QLoRA adapter" if recipe.lora.quantization else "LoRA adapter"
+    base = base_name(recipe.model)
     values = {name: value for name, value in dataclasses.asdict(recipe).items() if value is not None}
-    text = f"""---
-{yaml.safe_dump({**tags, "pipeline_tag": "any-to-any", "tags": ["emu35", "lora"][: 1 + (recipe.lora is not None)]})}---
-
-# {kind[0].upper()}{kind[1:]} of {base}
-
-{use}
-## Measured losses
-
-{_losses(log)}
-## Recipe
-
-```yaml
-{yaml.safe_dump(values, sort_keys=False)}```
-"""
-    Path(directory, "README.md").write_text(text, encoding="utf-8")
-
-
-def _quoted(base: str) -> str:
-    return base if base == "emu35.TINY" else f'"{base}"'
+    card = finetuned_card(
+        recipe.model,
+        title=f"{kind} of {base}",
+        description=f"`{base}`, fine-tuned by `emu35 train` on the data below.",
+        is_adapter=recipe.lora is not None,
+        data="\n".join(f"- `{source.path}`, weight {source.weight:g}" for source in recipe.data),
+        results=_losses(log),
+        recipe=yaml.safe_dump(values, sort_keys=False),
+    )
+    card.save(Path(directory, "README.md"))
 
 
 def _losses(log: list[dict[str, Any]]) -> str:

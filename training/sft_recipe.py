@@ -102,7 +102,8 @@ class HardwareRecipe:
 
     Args:
         gpus (`int`), gpu_memory (`int`): how many, and GiB of each.
-        sharding (`str`): "none", "fsdp2" (fsdp2.yaml) or "zero3" (deepspeed.yaml, with the optimiser in main memory).
+        sharding (`str`): "none", "fsdp2" (accelerate/fsdp2.yaml) or "zero3" (accelerate/deepspeed.yaml, whose
+            optimiser lies in main memory).
     """
 
     gpus: int = 1

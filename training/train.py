@@ -14,6 +14,7 @@ Interrupt it whenever you like, even with `kill -9`; the same command goes on wh
 import logging
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 from emu35.image_processing_emu35 import Emu35ImageProcessor
@@ -77,7 +78,9 @@ def train(
         train_sft(recipe, sft_dir, export_dir, device, progress)
         return export_dir
     if isinstance(recipe, GRPORecipe):
-        from .grpo import train_grpo  # needs TRL
+        if find_spec("trl") is None:
+            raise ValueError("`method: grpo` needs TRL, which is not installed: pip install 'emu35[train]'")
+        from .grpo import train_grpo
 
         train_grpo(recipe, grpo_dir, export_dir, device=device, progress=progress)
         logger.info("the adapter or the improved model is in %s", export_dir)

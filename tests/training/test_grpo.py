@@ -1,10 +1,14 @@
 """GRPO runs on a tiny model: what they log and leave, that they go on where they were, and bad input."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +17,14 @@ import torch
 import yaml
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.training.checkpointing import read_log
-from emu35.training.grpo import Emu35GRPOTrainer, add_noise, last_checkpoint, load_policy, train_grpo
+from emu35.training.grpo import Emu35GRPOTrainer, last_checkpoint, load_policy, train_grpo
 from emu35.training.grpo_prompts import interleave, load_prompts, world_prompts
 from emu35.training.grpo_recipe import GRPORecipe
 from emu35.training.recipe import _build
 from emu35.training.rewards import RewardMix
 from emu35.training.shapes import Meaning, Question
 from emu35.training.shapes.edits import EditMeaning
+from emu35.training.train import train
 from safetensors.torch import load_file
 
 SMALL = {"height": 8, "width": 8}
@@ -28,6 +33,7 @@ GENERATE = {
     "x2i": {"generation_mode": "image", **SMALL},
     "vqa": {"generation_mode": "text", "max_new_tokens": 4},
 }
+STORY = {"generation_mode": "interleaved", "max_new_tokens": 40, "max_images": 2, **SMALL}
 
 
 def red(prompts, completions, images, texts, **columns):
@@ -44,6 +50,13 @@ def too_few(prompts, completions, **columns):
 
 
 too_few.name, too_few.range = "too_few", (0.0, 1.0)
+
+
+def too_much(prompts, completions, **columns):
+    return [1.5] * len(prompts)
+
+
+too_much.name, too_much.range = "too_much", (0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +128,29 @@ def test_a_run_leaves_a_model_that_has_changed(finished, checkpoint):
     assert {name for name in before if not name.startswith("vision_tokenizer.")} == changed
     model = Emu35ForConditionalGeneration.from_pretrained(folder / "export")
     assert model.dtype == torch.float32
+
+
+def test_a_run_leaves_a_card_with_curves_and_pages_on_tensorboard(finished):
+    folder, log = finished
+    text = (folder / "export" / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: transformers") and "| reward, task x2i |" in text
+    if find_spec("matplotlib"):
+        assert (folder / "export" / "curves.png").stat().st_size > 1000
+    if find_spec("tensorboard"):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(next((folder / "runs").iterdir())))
+        events.Reload()
+        assert [event.step for event in events.Images("samples")] == [0, 2]
+        rewards = [event.value for event in events.Scalars("train/reward/x2i")]
+        assert rewards == pytest.approx([record["reward/x2i"] for record in log])
+
+
+def test_stories_and_pictures_in_one_batch(make_recipe, tmp_path):
+    prompts = {"world": {"story": 1, "t2i": 1, "vqa": 1}}
+    log = run(make_recipe(steps=1, prompts=prompts, rollout={"generate": {**GENERATE, "story": STORY}}), tmp_path)
+    assert 1 <= log[0]["reward/story"] <= 10
+    assert log[0]["completions/max_length"] > 20 and log[0]["grad_norm"] > 0
 
 
 def test_rewards_rise(make_recipe, tmp_path):
@@ -190,27 +226,21 @@ def test_an_adapter_stays_near_the_model_without_it(make_recipe, tmp_path):
     assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
 
 
+def test_an_adapter_on_quantised_weights(make_recipe, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    recipe = make_recipe(lora={**LORA, "quantization": "nf4"}, beta=0.1, steps=2, learning_rate=0.05)
+    log = run(recipe, tmp_path)
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert log[0]["grad_norm"] > 0 and log[1]["kl"] > 0
+    state = load_file(tmp_path / "export" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
+
+
 def test_full_training_with_a_reference_in_memory(make_recipe, tmp_path):
     log = run(make_recipe(beta=0.1, reference="start", steps=2, updates_per_rollout=2), tmp_path)
     assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert log[1]["kl"] > 0  # the second step on the same answers
-    assert log[1]["num_tokens"] == log[0]["num_tokens"]
-
-
-def test_noise_is_saved_as_the_start(make_recipe, checkpoint, tmp_path):
-    recipe = make_recipe(weight_noise=0.5, steps=1)
-    run(recipe, tmp_path)
-    clean, noisy = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "start"))
-    moved = {name for name in clean if not torch.equal(clean[name], noisy[name])}
-    assert moved == {name for name in clean if name.startswith("model.layers.") and clean[name].ndim == 2}
-    name = "model.layers.1.mlp.up_proj.weight"
-    ratio = (noisy[name] - clean[name]).std() / clean[name].std()
-    assert float(ratio) == pytest.approx(0.5, rel=0.1)
-    model, _ = load_policy(recipe)
-    torch.testing.assert_close(model.state_dict()[name], noisy[name], atol=0, rtol=0)
-    again = Emu35ForConditionalGeneration.from_pretrained(checkpoint)
-    add_noise(again.model, 0.5, recipe.seed)
-    torch.testing.assert_close(again.state_dict()[name], noisy[name])
+    assert "reward" in log[0] and "reward" not in log[1]
 
 
 def test_dropout_is_off_in_training_and_kept_in_the_export(make_recipe, make_tiny_model, tiny_processor, tmp_path):
@@ -253,6 +283,10 @@ def test_prompts_of_the_world(make_recipe):
     assert other[0]["prompt"] != rows[3]["prompt"]
 
 
+def asked(piece):
+    return {"role": "user", "content": [piece]}
+
+
 def write_rows(path, number=3, **more):
     message = {"role": "user", "content": [{"type": "text", "text": "a red fox"}]}
     rows = [{"prompt": [message], "task": "t2i", "wanted": index, **more} for index in range(number)]
@@ -278,6 +312,28 @@ def test_bad_files(make_recipe, tmp_path, number, more, message):
     prompts = write_rows(tmp_path / "prompts.jsonl", number, **more)
     with pytest.raises(ValueError, match=message):
         load_prompts(make_recipe(prompts=prompts))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        ([asked({"type": "image", "path": "FOLDER/none.png"})], "row 2: there is no image .*none"),
+        ([asked({"type": "image", "image": "FOLDER/text.png"})], "row 2: .*text.png is no image"),
+        (
+            [{**asked({"type": "text", "text": "a fox"}), "role": "assistant"}],
+            "the last message must be the user",
+        ),
+        ([], "row 2: `prompt` is empty"),
+    ],
+)
+def test_rows_that_would_end_a_run(make_recipe, tmp_path, prompt, error):
+    (tmp_path / "text.png").write_text("no picture")
+    path = tmp_path / "prompts.jsonl"
+    prompts = [[asked({"type": "text", "text": "a fox"})], [asked({"type": "text", "text": "an owl"})], prompt]
+    rows = [json.dumps({"prompt": one, "task": "t2i"}).replace("FOLDER", str(tmp_path)) for one in prompts]
+    path.write_text("\n".join(rows))
+    with pytest.raises((FileNotFoundError, ValueError), match=error):
+        load_prompts(make_recipe(prompts={"path": str(path)}))
 
 
 def test_missing_files_and_columns(make_recipe, tmp_path):
@@ -343,6 +399,37 @@ def test_errors_before_anything_is_loaded(make_recipe, tmp_path, monkeypatch, ch
     monkeypatch.setattr(Emu35ForConditionalGeneration, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         run(make_recipe(**changes), tmp_path)
+
+
+def test_there_must_be_a_model(make_recipe, tmp_path):
+    with pytest.raises(OSError, match="none"):
+        run(make_recipe(model=str(tmp_path / "none")), tmp_path)
+
+
+def test_without_trl_the_extra_is_named(make_recipe, monkeypatch, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(dataclasses.asdict(make_recipe())))
+    monkeypatch.setattr("emu35.training.train.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs TRL.*pip install 'emu35\[train\]'"):
+        train(path, tmp_path / "run")
+
+
+def test_neither_the_command_line_nor_recipes_need_the_extra():
+    code = (
+        "import sys; sys.modules['trl'] = None\n"
+        "import emu35, emu35.cli, emu35.training.train, emu35.training.rollout, emu35.training.rewards\n"
+        "from emu35.training.recipe import load_recipe\n"
+        "load_recipe(sys.argv[1])\n"
+        "import emu35.training.grpo"
+    )
+    recipe = Path(__file__).parents[2] / "training" / "recipes" / "tiny-grpo.yaml"
+    found = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True)
+    assert found.stderr.strip().splitlines()[-1] == "ImportError: GRPO needs `trl`: `pip install 'emu35[train]'`."
+
+
+def test_rewards_out_of_range(make_recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"'too_much' returned 1.5 \(value 0\), out of its range"):
+        run(make_recipe(rewards=[{"reward": f"{__name__}:too_much"}]), tmp_path)
 
 
 def test_rewards_of_a_wrong_length(make_recipe, tmp_path):

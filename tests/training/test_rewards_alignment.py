@@ -4,7 +4,7 @@ import emu35
 import numpy as np
 import pytest
 import torch
-from emu35.training.rewards import RewardMix, VLMAlignment, YesNoJudge
+from emu35.training.rewards import RewardMix, VLMAlignment, VLMConsistency, YesNoJudge
 from emu35.training.shapes import sample_scene, to_image
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -96,6 +96,33 @@ def test_a_judge_of_the_users_own():
     judge = Judge()
     assert RewardMix([VLMAlignment(judge)])(["a red fox"], [""], images=[[RED]]) == [3.25]
     assert judge.asked == ['Does this image show "a red fox"? Answer yes or no.']
+
+
+def test_consistency_is_the_mean_over_neighbouring_images():
+    class Judge:
+        asked = []
+
+        def load(self):
+            pass
+
+        def probability(self, images, question):
+            self.asked.append(([image.getpixel((0, 0))[2] for image in images], question))
+            return 0.75 if images[0] is images[1] else 0.25
+
+    reward = VLMConsistency(Judge(), question="one story of {prompt}?")
+    values = reward([" a fox"] * 3, [""] * 3, images=[[RED, BLUE, BLUE], [RED], []])
+    assert values == [0.5, 0.0, 0.0]
+    assert Judge.asked == [([0, 255], "one story of a fox?"), ([255, 255], "one story of a fox?")]
+    assert RewardMix([reward])(["p"], [""], images=[[RED, BLUE]]) == [3.25]
+
+
+def test_emu35_compares_two_images():
+    reward = VLMConsistency(emu35.TINY, question="is there a red circle?")
+    pictures = [to_image(sample_scene(np.random.default_rng(seed), 2, held_out=False)) for seed in range(2)]
+    (value,) = reward(["p"], [""], images=[pictures])
+    assert reward.num_failures == 0 and 0 <= value <= 1
+    one = reward.judge.probability(pictures[0], "is there a red circle?")
+    assert value != one  # the second was looked at, too
 
 
 def test_emu35_serves():

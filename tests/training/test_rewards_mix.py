@@ -85,7 +85,7 @@ def test_missing_columns_and_wrong_lengths_are_refused():
 
 def test_prompt_text_is_what_the_user_said_last():
     picture = {"type": "image", "image": gray(0)}
-    said = [picture, {"type": "text", "text": "now"}, {"type": "text", "text": "red"}]
+    said = [picture, {"type": "text", "text": "now"}, "red"]
     messages = [
         {"role": "user", "content": "first"},
         {"role": "assistant", "content": "done"},
@@ -153,7 +153,7 @@ def test_components_are_logged_as_trl_takes_them():
     metrics, extra = {}, {}
     mix = RewardMix([make("gaps", value=lambda prompts, _: [1.0, None]), Component(make("other"), tasks=["x2i"])])
     mix(["a", "b"], ["", ""], task=["t2i"] * 2, log_metric=metrics.__setitem__, log_extra=extra.__setitem__)
-    assert metrics == {"rewards/gaps/mean": 10.0, "rewards/gaps/missing": 0.5}
+    assert metrics == {"rewards/gaps/mean": 10.0, "rewards/gaps/missing": 0.5, "rewards/gaps/failed": 0.0}
     assert extra == {"gaps": [10.0, None], "other": [None, None]}
 
 
@@ -161,7 +161,46 @@ def test_a_failing_sample_does_not_end_the_run():
     mix = RewardMix([Brightness(), make()])
     columns = {"images": [[gray(255)], [gray(255)]], "how": ["", "raise"]}
     assert mix(["a", "b"], ["", ""], **columns) == [7.75, 5.5]
-    assert mix.report["brightness"].num_missing == 1
+    report = mix.report["brightness"]
+    assert (report.num_missing, report.num_failures) == (1, 1)
+    mix(["a"], [""], images=[[gray(0)]], how=[""])
+    assert mix.report["brightness"].num_failures == 0  # of this call
+
+
+def test_a_function_that_raises_is_kept_to_its_sample_too(caplog):
+    def price(prompts, columns):
+        return [1 / len(prompt) for prompt in prompts]
+
+    fails = make("fails", value=lambda prompts, columns: [][0])
+    mix = RewardMix([make("price", value=price), make("half"), fails])
+    metrics = {}
+    with caplog.at_level(logging.WARNING):
+        assert mix(["ab", "", "a"], [""] * 3, log_metric=metrics.__setitem__) == [5.5, 5.5, 7.75]
+    reports = [mix.report[name] for name in ("price", "half", "fails")]
+    assert [(one.num_missing, one.num_failures) for one in reports] == [(1, 1), (0, 0), (3, 3)]
+    assert metrics["rewards/price/failed"] == pytest.approx(1 / 3)
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError, IndexError, IndexError]
+
+
+def test_what_is_wrong_with_the_setup_is_no_failure_of_a_sample():
+    with pytest.raises(ValueError, match="'brightness' needs the column `how`"):
+        RewardMix([Brightness()])(["p"], [""], images=[[]])
+
+    class TooFew(Brightness):
+        def scores(self, samples):
+            return [0.0]
+
+    with pytest.raises(ValueError, match="'brightness' gave 1 scores for 2 samples"):
+        RewardMix([TooFew()])(["p"] * 2, [""] * 2, images=[[]] * 2, how=[""] * 2)
+
+
+def test_an_image_that_cannot_be_opened_costs_one_sample(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    gray(9).save(tmp_path / "good.png")
+    reward = Brightness()
+    images = [[str(tmp_path / name)] for name in ("good.png", "broken.png", "missing.png")]
+    assert reward(["p"] * 3, [""] * 3, images=images, how=[""] * 3) == [9.0, None, None]
+    assert reward.num_failures == 2
 
 
 def test_what_rounding_adds_to_a_range_is_cut_off():
@@ -191,6 +230,13 @@ def test_wrong_returns_are_refused(returned, error, message):
 def test_bad_components_are_refused():
     with pytest.raises(TypeError, match=r"must be a callable with `name` and `range`.*set `function.name`"):
         RewardMix([lambda prompts, completions: [0.0]])
+
+    def without_columns(prompts, completions):
+        return [0.5] * len(prompts)
+
+    without_columns.name, without_columns.range = "plain", (0, 1)
+    with pytest.raises(TypeError, match=r"'plain' must take all columns.*\(prompts, completions\)"):
+        RewardMix([without_columns])
     with pytest.raises(ValueError, match=r"`range` of the reward 'half' must be two rising numbers, got \(1, 1\)"):
         Component(make(low=1, high=1))
     with pytest.raises(ValueError, match="`range`"):

@@ -10,6 +10,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 40)
+CHINESE = ImageFont.truetype(str(Path(__file__).parents[1] / "fixtures/fonts/DroidSansFallback-subset.ttf"), 40)
 SIGN = Image.new("RGB", (64, 32), "white")
 
 
@@ -136,22 +137,11 @@ def test_layout_without_an_image_or_with_bad_boxes():
 # ----------------------------------------------------------------------------------------------------------- rapidocr
 
 
-def render(lines, size=(480, 200)):
+def render(lines, size=(480, 200), font=FONT):
     """Lines of text at given places."""
     image = Image.new("RGB", size, "white")
     for text, place in lines:
-        ImageDraw.Draw(image).text(place, text, font=FONT, fill="black")
-    return image
-
-
-def draw_chinese(size=(480, 200)):
-    """中山 by strokes: no free font of Chinese is at hand."""
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    for stroke in ([40, 65, 120, 65], [40, 65, 40, 105], [120, 65, 120, 105], [40, 105, 120, 105], [80, 35, 80, 150]):
-        draw.line(stroke, fill="black", width=9)
-    for stroke in ([160, 80, 160, 140], [160, 140, 240, 140], [240, 80, 240, 140], [200, 45, 200, 140]):
-        draw.line(stroke, fill="black", width=9)
+        ImageDraw.Draw(image).text(place, text, font=font, fill="black")
     return image
 
 
@@ -167,7 +157,7 @@ def rapidocr():
     [
         ("Grand Opening", render([("Grand Opening", (30, 20))])),
         ("Größe und Übung", render([("Größe und Übung", (30, 20))])),
-        ("中山", draw_chinese()),
+        ("欢迎光临新店开业", render([("欢迎光临新店开业", (30, 20))], font=CHINESE)),
     ],
     ids=["english", "german", "chinese"],
 )

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from emu35 import Emu35ForConditionalGeneration
 from emu35.configuration_emu35 import Emu35Config
 from emu35.training.memory import NF4_BYTES, count_adapter, count_parameters, estimate_memory, format_memory
 from emu35.training.recipe import load_recipe, recipe_from_dict
@@ -50,6 +52,16 @@ def test_shipped_recipes_are_planned_and_fit(name):
     text = plan(recipe)
     assert f"fits into {recipe.hardware.gpu_memory} GiB" in text
     assert ("34.1 B weights" in text) == name.endswith("34b")
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
+def test_configurations_of_accelerate_are_read(path):
+    config = load_config_from_file(str(path))
+    recipe = load_recipe(RECIPES / "full-34b.yaml")
+    assert config.num_processes == recipe.hardware.gpus and config.mixed_precision == "bf16" and recipe.bf16
+    if config.distributed_type == "FSDP":
+        layers = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+        assert layers in Emu35ForConditionalGeneration._no_split_modules
 
 
 def test_numbers_of_the_released_model():

@@ -2,31 +2,32 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig, modeling_emu35
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig
 from emu35.pipelines import Emu35Pipeline
 from emu35.training.checkpointing import read_log
 from emu35.training.data import prepare
-from emu35.training.distributed import launch
 from emu35.training.recipe import recipe_from_dict
-from emu35.training.sft import SFTTrainer, last_checkpoint, load_model, merge_adapter, training_arguments
+from emu35.training.sft import last_checkpoint, load_model, merge_adapter, push
+from emu35.training.sft_trainer import SFTTrainer, training_arguments
 from emu35.training.train import train
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 pytest.importorskip("datasets")
-RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 STEPS = 4
 
 
@@ -98,14 +99,26 @@ def evaluations(folder):
     return [one for one in read_log(folder / "sft" / "losses.jsonl") if "eval_loss" in one]
 
 
-def test_a_run_learns_and_says_so_by_modality_and_source(finished):
+def test_a_run_learns_and_says_so_by_modality_source_and_task(finished):
     folder, _ = finished
     first, last = evaluations(folder)
     assert last["eval_loss"] < first["eval_loss"]
-    named = {f"eval_{name}_{modality}_loss" for name in ("prepared", "answers") for modality in ("text", "visual")}
-    assert named - set(first) == {"eval_answers_visual_loss"}  # its images are the user's
+    names = ("prepared", "answers", "task_t2i", "task_vqa")
+    named = {f"eval_{name}_{modality}_loss" for name in names for modality in ("text", "visual")}
+    assert named - set(first) == {"eval_answers_visual_loss", "eval_task_vqa_visual_loss"}  # its images are the user's
+    assert first["eval_task_t2i_visual_loss"] == first["eval_prepared_visual_loss"] == first["eval_visual_loss"]
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
     assert len(list((folder / "sft" / "samples").glob("*.png"))) == 2
+
+
+def test_tensorboard_has_the_losses_and_the_samples(finished):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (log,) = (finished[0] / "sft").glob("runs/*")
+    events = EventAccumulator(str(log)).Reload()
+    assert [event.step for event in events.Images("a red fox")] == [0, STEPS]
+    assert [event.step for event in events.Scalars("eval/task_t2i_visual_loss")] == [0, STEPS]
 
 
 def test_an_adapter_comes_with_a_card(finished):
@@ -114,6 +127,7 @@ def test_an_adapter_comes_with_a_card(finished):
     assert "LoRA adapter" in card and "| `eval_loss` |" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "peft" and head["tags"] == ["emu35", "lora"]
+    assert "base_model" not in head  # a folder: the Hub would refuse the card
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert recipe_from_dict(recipe).lora.rank == 4
 
@@ -137,6 +151,21 @@ def test_adapters_load_in_model_and_pipeline_and_merge(finished, base, tmp_path)
     merge_adapter(exported, tmp_path / "merged")
     merged = Emu35ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(input_ids=ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_an_export_is_pushed_whole(finished, monkeypatch):
+    from huggingface_hub import HfApi
+
+    _, exported = finished
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: calls.append(options))
+    push(exported, "someone/emu35-lora")
+    assert calls[0] == ("someone/emu35-lora", {"private": True, "exist_ok": True})
+    assert calls[1] == {"repo_id": "someone/emu35-lora", "folder_path": str(exported)}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= {
+        one.name for one in exported.iterdir()
+    }
 
 
 def test_a_killed_run_goes_on_to_the_same_end(finished, run, tmp_path):
@@ -225,6 +254,24 @@ def test_bad_data_is_told_before_training(run, tmp_path, monkeypatch, changes, m
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_after_kill_9(run, tmp_path):
+    folder = tmp_path / "whole"
+    run(folder, steps=8)
+    values = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"output_dir": str(tmp_path / "killed")}
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "emu35.cli", "train", str(tmp_path / "killed.yaml"), "--debug"]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 600
+        while last_checkpoint(tmp_path / "killed" / "sft") is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run(command, check=True, timeout=600)
+    assert losses(tmp_path / "killed") == losses(folder)
+    assert evaluations(tmp_path / "killed")[-1] == evaluations(folder)[-1]
+
+
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(run, tmp_path):
     folder = tmp_path / "one"
     run(folder, lora={"rank": 4})
@@ -240,28 +287,48 @@ def test_two_processes_do_what_one_does(run, tmp_path):
     assert first["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-3)
 
 
-def _sharded(rank, directory):
-    """Loss and gradients of the whole model and of the sharded one (accelerate does not shard on a CPU)."""
-    modeling_emu35.LOSS_CHUNK_BYTES = 4 * 400 * 16  # several chunks, computed again in the backward pass
-    model = Emu35ForConditionalGeneration.from_pretrained(directory)
-    model.vision_tokenizer = None
-    ids = torch.arange(20, 84).view(2, 32)
-    inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32).remainder(20).expand(2, 32)}
-    wanted = model(**inputs, use_cache=False).loss
-    wanted.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    loss = model(**inputs, use_cache=False).loss
-    loss.backward()
-    torch.testing.assert_close(loss, wanted)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], atol=1e-5, rtol=1e-4)
+#: `emu35 train` with FSDP on a CPU, where accelerate does not shard of its own accord; loss in several chunks.
+SHARDED = """\
+import sys
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from emu35 import modeling_emu35
+from emu35.cli import main
+
+plain = AcceleratorState.__init__
+
+
+def init(self, *args, fsdp_plugin=None, **kwargs):
+    plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+
+AcceleratorState.__init__ = init
+modeling_emu35.LOSS_CHUNK_BYTES = 4 * 400 * 16
+main(["train", sys.argv[1], "--debug"])
+"""
 
 
 @pytest.mark.slow
-def test_a_model_sharded_by_fsdp2_has_the_same_loss_and_gradients(base):
-    launch(_sharded, 2, str(base / "model"))
+def test_weights_sharded_by_fsdp2_learn_and_are_saved_as_whole_ones(run, tmp_path):
+    """With the configuration that is shipped."""
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    exported = run(whole, lora=None, gradient_checkpointing=True)
+    values = yaml.safe_load((whole / "recipe.yaml").read_text()) | {"rows": 1, "output_dir": str(sharded)}
+    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    config = Path(__file__).parents[2] / "training" / "recipes" / "accelerate" / "fsdp2.yaml"
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(config), "unused"]))
+    env = {**prepare_multi_gpu_env(args), "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "sharded.py"), str(tmp_path / "sharded.yaml")]
+    subprocess.run(command, check=True, timeout=900, env=env)
+    for (_, one), (_, other) in zip(losses(whole), losses(sharded), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    assert evaluations(whole)[-1]["eval_loss"] == pytest.approx(evaluations(sharded)[-1]["eval_loss"], rel=1e-3)
+    models = [Emu35ForConditionalGeneration.from_pretrained(path) for path in (exported, sharded / "export")]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)

@@ -75,7 +75,7 @@ def test_an_oracle_gets_everything_right(checkpoint, monkeypatch):
     monkeypatch.setattr(_Evaluation, "_scenes", remember)
     monkeypatch.setattr(_Evaluation, "draw", lambda self, texts, generator: [to_image(known.pop(0)) for _ in texts])
     result = evaluate(checkpoint, "t2i", num=60, batch_size=16, progress=False)
-    assert result["whole_scene"]["all"] == 1.0
+    assert result["whole_scene"]["all"] == 1.0 and result["world_reward"] == 10.0
     assert {"1_objects", "2_objects", "3_objects", "full", "partial", "3_objects_partial"} <= set(
         result["whole_scene"]
     )
@@ -94,6 +94,7 @@ def test_an_untrained_model_is_wrong(checkpoint):
     assert "held_out" not in result
     answers = evaluate(checkpoint, "vqa", num=8, num_held_out=3, batch_size=4, progress=False, max_new_tokens=4)
     assert answers["accuracy"] < 0.5 and answers["describe"] == 0.0
+    assert 1 <= result["world_reward"] < 5.5 and answers["world_reward"] == 1 + 9 * answers["accuracy"]
     assert answers["held_out"]["num"] == 3
     assert json.loads(json.dumps(answers)) == answers
 

@@ -4,7 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from emu35.training.data import ExampleWriter, PreparedRows, encode_images, prepare, read_example, read_rows
+from emu35.training.data import (
+    ExampleWriter,
+    PreparedRows,
+    encode_images,
+    is_prepared,
+    prepare,
+    read_example,
+    read_rows,
+)
 from PIL import Image
 
 pytest.importorskip("datasets")
@@ -69,8 +77,10 @@ def test_processes_share_the_shards(run, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert run()["examples"] == 1  # rows 3 to 5, of which two are bad
     assert [path.name for path in (tmp_path / "out").glob("*.parquet")] == ["shard-00001.parquet"]
+    with pytest.raises(ValueError, match=r"out is not finished. Run `emu35 prepare` again"):
+        is_prepared(tmp_path / "out")
     monkeypatch.setenv("RANK", "0")
-    assert run()["examples"] == 5
+    assert run()["examples"] == 5 and is_prepared(tmp_path / "out")
 
 
 def test_other_settings_need_another_folder(run, tmp_path, tiny_processor):

@@ -98,6 +98,11 @@ def test_datasets_with_images_in_them_are_not_decoded_before_their_turn(folder):
         ({"text": "a fox"}, "no answer: there is no column `image`"),
         ({"messages": [{"role": "user", "content": "hello"}]}, "no answer: its last message"),
         ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": []}]}, "no answer"),
+        ({"question": "how many?", "answer": " ", "image": "a.png"}, "no answer"),
+        (
+            {"messages": [{"content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
+            "no ans",
+        ),
         ({"messages": "hello"}, "`messages` must be a list of dicts"),
         ({"captoin": "a fox", "image": "a.png"}, "A slip, perhaps: 'captoin' for 'caption'"),
     ],
@@ -190,5 +195,7 @@ def test_bad_rows_say_what_is_wrong(folder, tiny_processor):
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"broken\.png"):
         write({"text": "a red fox", "image": str(folder / "broken.png")})
+    with pytest.raises(TypeError, match="must be a dict with `role`"):
+        write({"messages": [{"content": "hi"}, {"role": "assistant", "content": "hello"}]})
     with pytest.raises(ValueError, match="`task` must be one of"):
         write({"text": "a red fox", "image": str(folder / "a.png"), "task": "t2j"})

@@ -166,7 +166,7 @@ class PackedRows(IterableDataset):
 
     Args:
         sources (`Sequence[Source]`): what to mix.
-        processor ([`Emu35Processor`]): for unconditional prompts, and the token layout.
+        processor ([`Emu35Processor`], *optional*): for images that wait and unconditional prompts.
         row_length (`int`): tokens of a row, at most.
         rows (`int`): of a batch. Processes take batches in turn.
         seed (`int`): of everything.
@@ -182,7 +182,7 @@ class PackedRows(IterableDataset):
     def __init__(
         self,
         sources: Sequence[Source],
-        processor: Emu35Processor,
+        processor: Emu35Processor | None,
         row_length: int,
         rows: int = 1,
         seed: int = 0,

@@ -1,8 +1,9 @@
 """`emu35 prepare`: images through the vision tokenizer once, and rows as token sequences in parquet files.
 
-    DIR/prepared.json         model, settings, what there is
+    DIR/settings.json         model and settings
     DIR/shard-00000.parquet   input_ids (list of int32), spoken (list of bool), task
     DIR/report.jsonl          rows that were left out, and why
+    DIR/prepared.json         what there is; it comes last
 
 A shard holds a fixed span of rows and appears at once, whole; a run that was stopped goes on at the first shard that
 is missing. Of several processes (started by torchrun or `accelerate launch`) each makes its share of the shards.
@@ -27,7 +28,7 @@ from .reading import read_rows
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = "prepared.json"
+SETTINGS, DESCRIPTION = "settings.json", "prepared.json"
 ROWS_AT_A_TIME = 32
 """Rows whose images wait in memory together."""
 
@@ -56,7 +57,8 @@ def prepare(
         rows_per_shard (`int`): rows of the data a file.
         progress (`bool`): show a progress bar.
     Returns:
-        `dict`: what `prepared.json` says: `settings`, `examples`, `tokens`, `longest`, `tasks`, `left_out`.
+        `dict`: `settings`, `examples`, `tokens`, `longest`, `tasks`, `left_out`, of all shards that are there by now.
+            Once all are, `prepared.json` says the same.
     Raises:
         FileNotFoundError, ValueError: if there is no data, or `directory` was prepared with other settings.
     """
@@ -77,7 +79,6 @@ def prepare(
     rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     total = len(rows) if hasattr(rows, "__len__") else None
     bar = tqdm(total=total, desc="prepare", unit=" rows", disable=not progress or rank > 0)
-    number_of_shard = 0
     for number_of_shard in itertools.count():
         span = range(number_of_shard * rows_per_shard, (number_of_shard + 1) * rows_per_shard)
         path = directory / f"shard-{number_of_shard:05d}.parquet"
@@ -97,7 +98,7 @@ def prepare(
             _write_shard(path, span, shard, write, vision_tokenizer, processor)
         bar.update(len(span))
     bar.close()
-    return _describe(directory, settings)
+    return _describe(directory, settings, number_of_shard)
 
 
 def model_description(processor: Emu35Processor) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def model_description(processor: Emu35Processor) -> dict[str, Any]:
 def _check_settings(directory: Path, settings: dict[str, Any]):
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"--out {directory} is a file. Name a folder.")
-    path = directory / "settings.json"
+    path = directory / SETTINGS
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in settings if settings[name] != earlier.get(name)]
@@ -164,13 +165,14 @@ def _write_shard(path: Path, span: range, rows: Iterable, write: ExampleWriter, 
         temporary.unlink(missing_ok=True)
 
 
-def _describe(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Sums up all shards.  Processes that end earlier write less; the last one writes it all."""
+def _describe(directory: Path, settings: dict[str, Any], number_of_shards: int) -> dict[str, Any]:
+    """Sums up the shards that are there.  Of several processes, the last one to end finds them all, and says so."""
     import pyarrow.parquet as pq
 
     summary: dict[str, Any] = {"settings": settings, "examples": 0, "tokens": 0, "longest": 0, "tasks": {}}
     left_out = []
-    for path in sorted(directory.glob("shard-*.parquet")):
+    paths = sorted(directory.glob("shard-*.parquet"))
+    for path in paths:
         table = pq.read_table(path, columns=["task"])
         counts = json.loads(table.schema.metadata[b"emu35"])
         summary["examples"] += len(table)
@@ -181,7 +183,8 @@ def _describe(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
         left_out += counts["left_out"]
     summary["left_out"] = len(left_out)
     _write_text(directory / "report.jsonl", "".join(json.dumps(one) + "\n" for one in left_out))
-    _write_text(directory / DESCRIPTION, json.dumps(summary, indent=2) + "\n")
+    if len(paths) == number_of_shards:
+        _write_text(directory / DESCRIPTION, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -195,7 +198,17 @@ def _write_text(path: Path, text: str):
 
 
 def is_prepared(path: str | os.PathLike) -> bool:
-    return (Path(path) / DESCRIPTION).is_file()
+    """Whether a folder is one of [`prepare`], and not data itself.
+
+    Raises:
+        ValueError: if it is one that is not finished.
+    """
+    folder = Path(path)
+    if (folder / DESCRIPTION).is_file():
+        return True
+    if (folder / SETTINGS).is_file() and "rows_per_shard" in (folder / SETTINGS).read_text(encoding="utf-8"):
+        raise ValueError(f"data: {folder} is not finished. Run `emu35 prepare` again: it goes on where it was.")
+    return False
 
 
 class PreparedRows(Sequence):

@@ -193,9 +193,17 @@ def to_messages(row: dict, task: str | None = None) -> tuple[list[dict], str]:
     has_messages = "messages" in row
     messages = _fill_images(row["messages"], row.get("images", [])) if has_messages else _from_columns(row)
     last = messages[-1] if messages else None
-    if not isinstance(last, dict) or last.get("role") != "assistant" or not last.get("content"):
+    if last is None or last.get("role") != "assistant" or not _says_something(last.get("content")):
         raise ValueError("the row has no answer: its last message must be the assistant's, and not empty.")
     return messages, row.get("task") or task or _guess_task(messages)
+
+
+def _says_something(content: Any) -> bool:
+    if isinstance(content, str):
+        return bool(content.strip())
+    if not isinstance(content, (list, tuple)):
+        return content is not None  # of a wrong type: the chat template says so
+    return any(_says_something(item.get("text", item) if isinstance(item, dict) else item) for item in content)
 
 
 def _from_columns(row: dict) -> list[dict]:
@@ -275,7 +283,7 @@ def _guess_task(messages: list[dict]) -> str:
         return [
             sum(_is_image(item) for item in message["content"])
             for message in messages
-            if message["role"] == role and isinstance(message["content"], list)
+            if message.get("role") == role and isinstance(message["content"], list)
         ]
 
     def says(message: dict) -> bool:
@@ -283,7 +291,7 @@ def _guess_task(messages: list[dict]) -> str:
         return isinstance(content, str) or any(not _is_image(item) for item in content)
 
     drawn, shown = sum(shows("assistant")), sum(shows("user"))
-    if sum(message["role"] == "user" for message in messages) > 1:
+    if sum(message.get("role") == "user" for message in messages) > 1:
         return "chat"
     if not drawn:
         return "vqa" if shown else "chat"

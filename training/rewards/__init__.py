@@ -9,6 +9,7 @@
 | [`FaceIdentity`] | 0..1 | faces of the reference images | `emu35[rewards]`, two models |
 | [`Preservation`] | 0..1 | what an edit may not change | a mask; for features a CLIP model |
 | [`NarrativeConsistency`] | 0..1 | one world in all images of a story | a CLIP model |
+| [`VLMConsistency`] | 0..1 | a model's yes to "one story?" for neighbouring images | as `VLMAlignment` |
 | [`WorldReward`] | 0..1 | the exact checkers of `shapes` | nothing |
 
 ```python
@@ -17,10 +18,10 @@ mix.load()  # what is missing is found now
 mix(prompts, completions, task=tasks, meaning=meanings, images=images, texts=texts)  # numbers in [1, 10], or None
 ```
 
-Write your own as a function with `name` and `range`, or as a [`SampleReward`], which keeps a failure to its sample.
+Write your own as a function with `name` and `range`, or as a [`SampleReward`]: docs/rewards.md.
 """
 
-from .alignment import VLMAlignment, YesNoJudge
+from .alignment import VLMAlignment, VLMConsistency, YesNoJudge
 from .base import Reward, Sample, SampleReward
 from .clip import AestheticScore, ClipEncoder, ClipSimilarity, NarrativeConsistency
 from .faces import Face, FaceIdentity, OpenCVFaces
@@ -50,6 +51,7 @@ __all__ = [
     "TextLayout",
     "TextLine",
     "VLMAlignment",
+    "VLMConsistency",
     "WorldReward",
     "YesNoJudge",
     "check_answer",

@@ -1,5 +1,6 @@
-"""Whether an image shows what was asked for, by a model that is asked."""
+"""Whether images show what was asked for, and one story, by a model that is asked."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from inspect import signature
@@ -62,10 +63,11 @@ class YesNoJudge:
         self._answers = torch.tensor(sorted(yes - neither)), torch.tensor(sorted(no - neither))
 
     @torch.no_grad()
-    def probability(self, image: Image.Image, question: str) -> float:
+    def probability(self, images: Image.Image | Sequence[Image.Image], question: str) -> float:
         """`P(yes) / (P(yes) + P(no))` of the first token of the answer, however the two are spelled."""
         self.load()
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        shown = [images] if isinstance(images, Image.Image) else images
+        content = [*({"type": "image", "image": image} for image in shown), {"type": "text", "text": question}]
         options = {"task": "vqa"} if isinstance(self.processor, Emu35Processor) else {"add_generation_prompt": True}
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt", **options
@@ -109,8 +111,7 @@ class VLMAlignment(SampleReward):
             raise ValueError(
                 f"`question` must say where the text of the prompt goes, by {{prompt}}; got {question!r}."
             )
-        self.judge = judge if hasattr(judge, "probability") else YesNoJudge(judge)
-        self.question, self.column = question, column
+        self.judge, self.question, self.column = _as_judge(judge), question, column
         self.needs = ("images",) if column is None else ("images", column)
 
     def load(self) -> None:
@@ -122,3 +123,48 @@ class VLMAlignment(SampleReward):
     def _score(self, sample: Sample) -> float:
         question = self.question.replace("{prompt}", text_column(sample, self.column).strip())
         return mean([self.judge.probability(image, question) for image in sample.images]) if sample.images else 0.0
+
+
+class VLMConsistency(SampleReward):
+    r"""Whether each image of a story goes on from the one before, by a model's answer.  Source: Emu3.5 report
+    (arXiv 2510.26583), RL, which has a reward of this kind and does not publish its question.
+
+    $$ r = \frac{1}{n - 1} \sum_{i=1}^{n-1} \frac{P(\mathrm{yes})}{P(\mathrm{yes}) + P(\mathrm{no})} $$
+
+    after the question and the images i and i + 1 of n; 0 with fewer than two. Copies may please the model: mix it with
+    [`NarrativeConsistency`], for which they count as nothing.
+
+    Range: [0, 1].
+
+    Example:
+        >>> VLMConsistency("emu35")(["tell a story"], [""], images=[[first, second]])
+        [0.97]
+
+    Args:
+        judge ([`YesNoJudge`], `str` or `os.PathLike`): who is asked, or where the model is saved; reads two images.
+        question (`str`): `{prompt}`, if it is there, stands for the prompt.
+    """
+
+    name = "vlm_consistency"
+
+    def __init__(
+        self,
+        judge: YesNoJudge | str | os.PathLike,
+        question: str = "Do these two images tell one story, with the same characters in one style? Answer yes or no.",
+    ):
+        self.judge, self.question = _as_judge(judge), question
+
+    def load(self) -> None:
+        self.judge.load()
+
+    def scores(self, samples: Sequence[Sample]) -> list[float]:
+        return [self._score(sample) for sample in samples]
+
+    def _score(self, sample: Sample) -> float:
+        question = self.question.replace("{prompt}", sample.prompt.strip())
+        values = [self.judge.probability(pair, question) for pair in itertools.pairwise(sample.images)]
+        return mean(values) if values else 0.0
+
+
+def _as_judge(judge: YesNoJudge | str | os.PathLike) -> YesNoJudge:
+    return judge if hasattr(judge, "probability") else YesNoJudge(judge)

@@ -10,8 +10,8 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
@@ -92,14 +92,19 @@ class SampleReward(ABC):
             columns: lists of one value for each prompt, such as `images` (`list[list[PIL.Image.Image]]`); what is no
                 list (TRL's `trainer_state`, ...) is left aside.
         Raises:
-            ValueError: if a column that is needed is missing, or has another length.
+            ValueError: if a column that is needed is missing, or has another length, or [`scores`] returns too few or
+                too many numbers.
         """
         samples = self._samples(prompts, columns)
         wanted = [sample for sample in samples if all(sample.columns[name] is not None for name in self.needs)]
         if not wanted:
             return [None] * len(samples)
         self.load()
-        values = dict(zip(map(id, wanted), self._attempt(wanted), strict=True))
+        values = {}
+        for tried, found in attempt(self._scores, wanted, self._count):
+            if len(found) != len(tried):
+                raise ValueError(f"The reward {self.name!r} gave {len(found)} scores for {len(tried)} samples.")
+            values.update(zip(map(id, tried), found, strict=True))
         return [values.get(id(sample)) for sample in samples]
 
     def _samples(self, prompts: list, columns: dict[str, Any]) -> list[Sample]:
@@ -114,23 +119,45 @@ class SampleReward(ABC):
         samples = []
         for index, prompt in enumerate(prompts):
             own = {name: values[index] for name, values in columns.items()}
-            images = tuple(map(open_image, own.get("images") or ()))
-            samples.append(Sample(prompt_text(prompt), images, own))
+            samples.append(Sample(prompt_text(prompt), tuple(own.get("images") or ()), own))
         return samples
 
-    def _attempt(self, samples: Sequence[Sample]) -> list[float | None]:
-        try:
-            values = [None if value is None else float(value) for value in self.scores(samples)]
-            if not all(value is None or math.isfinite(value) for value in values):
-                raise ArithmeticError(f"the reward {self.name!r} is not finite: {values}")
-        except Exception as error:  # a model, a file, a picture: whatever it is, hours of training are worth more
-            if len(samples) > 1:
-                return [value for sample in samples for value in self._attempt([sample])]
-            self.num_failures += 1
-            if self.num_failures & (self.num_failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-                logger.warning("The reward %r failed, %d times so far.", self.name, self.num_failures, exc_info=error)
-            return [None]
+    def _scores(self, samples: Sequence[Sample]) -> list[float | None]:
+        opened = [replace(sample, images=tuple(map(open_image, sample.images))) for sample in samples]
+        values = [None if value is None else float(value) for value in self.scores(opened)]
+        if not all(value is None or math.isfinite(value) for value in values):
+            raise ArithmeticError(f"the reward {self.name!r} is not finite: {values}")
         return values
+
+    def _count(self, error: Exception):
+        self.num_failures += 1
+        log_failure(self.name, self.num_failures, error)
+
+
+def attempt(
+    score: Callable[[Sequence], Any], samples: Sequence, failed: Callable[[Exception], None]
+) -> list[tuple[Sequence, Any]]:
+    """Scores samples together; if that raises, one by one, so that a failure stays with its sample.
+
+    Args:
+        score (`Callable`): of some samples.
+        failed (`Callable`): is told of each error of a single sample, which gets `[None]`.
+    Returns:
+        pairs of samples and what `score` returned for them.
+    """
+    try:
+        return [(samples, score(samples))]
+    except Exception as error:  # cv2, onnxruntime, PIL and users' rewards have errors of their own, with no other base
+        if len(samples) > 1:
+            return [pair for sample in samples for pair in attempt(score, [sample], failed)]
+        failed(error)
+        return [(samples, [None])]
+
+
+def log_failure(name: str, number: int, error: Exception):
+    """Warns of the 1st, 2nd, 4th, 8th, ... failure of a reward."""
+    if number & (number - 1) == 0:
+        logger.warning("The reward %r failed, %d times so far.", name, number, exc_info=error)
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
@@ -140,7 +167,8 @@ def prompt_text(prompt: str | list[dict]) -> str:
     content = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] for part in content if part.get("type") == "text")
+    texts = (part if isinstance(part, str) else part.get("text") for part in content)
+    return " ".join(text for text in texts if text is not None)
 
 
 def text_column(sample: Sample, column: str | None) -> str:
@@ -157,7 +185,7 @@ def reference_images(sample: Sample, column: str | None) -> list[Any]:
     if column is not None:
         return list(sample.columns[column])
     content = next(m["content"] for m in reversed(sample.columns["messages"]) if m["role"] == "user")
-    parts = [] if isinstance(content, str) else [part for part in content if part.get("type") == "image"]
+    parts = [part for part in content if isinstance(part, Mapping) and part.get("type") == "image"]
     return [next(part[name] for name in ("image", "path") if part.get(name) is not None) for part in parts]
 
 

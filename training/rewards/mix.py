@@ -1,11 +1,13 @@
 """Several rewards as one number: each brought to [1, 10], then the weighted mean."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from numbers import Real
 from typing import Any
 
-from .base import Reward, check_lengths
+from .base import Reward, SampleReward, attempt, check_lengths, log_failure
 
 LOWEST, HIGHEST = 1.0, 10.0
 _TOLERANCE = 1e-6
@@ -21,7 +23,8 @@ class Component:
         weight (`float`): of it among the rewards that a sample gets; positive.
         tasks (`Sequence[str]`, *optional*): for which tasks it counts; `None`: for all.
     Raises:
-        TypeError, ValueError: if the reward has no name or range, the range is empty or the weight not positive.
+        TypeError, ValueError: if the reward has no name or range or takes no columns, the range is empty or the weight
+            not positive.
     """
 
     reward: Reward
@@ -33,6 +36,11 @@ class Component:
             raise TypeError(
                 f"`reward` must be a callable with `name` and `range`, got {self.reward!r}. Of a function, set "
                 "`function.name` and `function.range = (lowest, highest)`."
+            )
+        if not any(one.kind == Parameter.VAR_KEYWORD for one in signature(self.reward).parameters.values()):
+            raise TypeError(
+                f"The reward {self.name!r} must take all columns, as `reward(prompts, completions, **columns)`; its "
+                f"arguments are {signature(self.reward)}."
             )
         low, high = self.reward.range
         if not float("-inf") < low < high < float("inf"):
@@ -66,6 +74,7 @@ class ComponentReport:
         raw_mean (`float` or `None`): of the values as the reward gave them.
         num_samples (`int`): that it was asked about.
         num_missing (`int`): for which it gave `None`.
+        num_failures (`int`): of these, those on which it failed.
         values (`tuple[float | None, ...]`): normalised, for every sample of the call.
     """
 
@@ -73,6 +82,7 @@ class ComponentReport:
     raw_mean: float | None
     num_samples: int
     num_missing: int
+    num_failures: int
     values: tuple[float | None, ...]
 
 
@@ -83,7 +93,8 @@ class RewardMix:
 
     over the rewards k with range [l_k, h_k] that count for the sample's task and did not give `None`; a sample without
     any gets `None` itself (TRL leaves it out). So two samples of one prompt are compared by different rewards where
-    one of them failed: look at `missing` in the logs.
+    one of them failed: look at `missing` and `failed` in the logs. A function that raises is tried on each sample by
+    itself, as [`SampleReward`] does; what it cannot score is `None` and counted, and the run goes on.
 
     Example:
         >>> mix = RewardMix([Component(WorldReward()), Component(ClipSimilarity(), 0.5, tasks=["t2i", "x2i"])])
@@ -111,6 +122,7 @@ class RewardMix:
                 f"`components` must have different names, got {', '.join(twice)} more than once. Set `reward.name`."
             )
         self.report: dict[str, ComponentReport] = {}
+        self._failures: Counter[str] = Counter()
 
     def load(self) -> None:
         """Loads the weights of all rewards, so that a missing one is found before training starts."""
@@ -139,8 +151,8 @@ class RewardMix:
         Args:
             prompts (`list`), completions (`list`): as TRL gives them.
             columns: lists of one value for each prompt. `task` (`list[str]`) routes; without it, only rewards for all
-                tasks count. TRL's `log_metric` is given `rewards/NAME/mean` and `rewards/NAME/missing` (the share of
-                `None`), its `log_extra` the normalised values.
+                tasks count. TRL's `log_metric` is given `rewards/NAME/mean`, `rewards/NAME/missing` (the share of
+                `None`) and `rewards/NAME/failed` (that of failures), its `log_extra` the normalised values.
         Returns:
             `list[float | None]` in [1, 10]. `report` then holds a [`ComponentReport`] for each component.
         Raises:
@@ -163,30 +175,46 @@ class RewardMix:
     def _ask(self, component: Component, prompts, completions, columns: dict, tasks) -> ComponentReport:
         chosen = [index for index, task in enumerate(tasks) if component.counts_for(task)]
         values: list[float | None] = [None] * len(prompts)
-        raw = []
-        if chosen:
+        before = self._num_failures(component)
+
+        def score(indices: Sequence[int]) -> Any:
             own = {
-                name: [column[index] for index in chosen] if isinstance(column, (list, tuple)) else column
+                name: [column[index] for index in indices] if isinstance(column, (list, tuple)) else column
                 for name, column in columns.items()
             }
-            picked = ([items[index] for index in chosen] for items in (prompts, completions))
-            raw = _checked(component, component.reward(*picked, **own), len(chosen))
-            for index, value in zip(chosen, raw, strict=True):
-                values[index] = None if value is None else component.normalise(value)
+            picked = ([items[index] for index in indices] for items in (prompts, completions))
+            return component.reward(*picked, **own)
+
+        def failed(error: Exception):
+            self._failures[component.name] += 1
+            log_failure(component.name, self._failures[component.name], error)
+
+        if isinstance(component.reward, SampleReward):  # what it raises is wrong with the set-up
+            attempts = [(chosen, score(chosen))] if chosen else []
+        else:
+            attempts = attempt(score, chosen, failed) if chosen else []
+        raw = [value for indices, found in attempts for value in _checked(component, found, len(indices))]
+        for index, value in zip(chosen, raw, strict=True):
+            values[index] = None if value is None else component.normalise(value)
         known = [value for value in raw if value is not None]
         return ComponentReport(
             mean=sum(value for value in values if value is not None) / len(known) if known else None,
             raw_mean=sum(known) / len(known) if known else None,
             num_samples=len(chosen),
             num_missing=len(raw) - len(known),
+            num_failures=self._num_failures(component) - before,
             values=tuple(values),
         )
+
+    def _num_failures(self, component: Component) -> int:
+        return getattr(component.reward, "num_failures", 0) + self._failures[component.name]
 
     def _log(self, columns: dict) -> None:
         log_metric, log_extra = columns.get("log_metric"), columns.get("log_extra")
         for name, report in self.report.items():
             if log_metric is not None and report.num_samples:
                 log_metric(f"rewards/{name}/missing", report.num_missing / report.num_samples)
+                log_metric(f"rewards/{name}/failed", report.num_failures / report.num_samples)
                 if report.mean is not None:
                     log_metric(f"rewards/{name}/mean", report.mean)
             if log_extra is not None:

@@ -87,11 +87,16 @@ class WorldReward(SampleReward):
         if self.marks is not None:
             values = [found[mark] for mark in self.marks if found.get(mark) is not None]
             return mean(values) if values else None
-        aspects, whole = PARTIAL_CREDIT[task]
-        values = [found[aspect] for aspect in aspects if found[aspect] is not None]
-        if not values:
-            return float(found[whole])
-        return self.whole_weight * found[whole] + (1 - self.whole_weight) * mean(values)
+        return grade(task, found, self.whole_weight)
+
+
+def grade(task: str, marks: dict[str, bool | float | None], whole_weight: float = 0.5) -> float:
+    """The marks of an answer as one number in [0, 1], see [`WorldReward`]."""
+    aspects, whole = PARTIAL_CREDIT[task]
+    values = [marks[aspect] for aspect in aspects if marks[aspect] is not None]
+    if not values:
+        return float(marks[whole])
+    return whole_weight * marks[whole] + (1 - whole_weight) * mean(values)
 
 
 def check_answer(task: str, meaning: Any, answers: list[list[Said]]) -> dict[str, bool | float | None]:
