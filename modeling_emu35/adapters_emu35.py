@@ -1,16 +1,51 @@
 """PEFT adapters inside a model."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
 from torch import nn
+
+#: Name of the adapter that is active in denoising passes only.
+DIDA_ADAPTER = "dida"
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that hold adapters, of whatever name, or did."""
     peft = sys.modules.get("peft.tuners.tuners_utils")  # without it there are none
     return [] if peft is None else [module for module in model.modules() if isinstance(module, peft.BaseTunerLayer)]
+
+
+def load_lora(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default"):
+    """Loads a PEFT adapter, which is active in all passes from now on, in place of others.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name (`str`): for `model.set_adapter`.
+    Raises:
+        ValueError: for a name that is taken, and for an adapter of another model.
+    """
+    if adapter_name == DIDA_ADAPTER:
+        raise ValueError(f"`adapter_name`={DIDA_ADAPTER!r} is that of DiDA adapters. Use `load_dida_adapter`.")
+    try:
+        found = model.load_adapter(str(folder), adapter_name=adapter_name)
+    except RuntimeError as error:  # tensors of other shapes
+        delete_adapters(model, [adapter_name])
+        raise ValueError(f"the adapter in {folder} does not fit this model: {error}") from error
+    # transformers also misses the tensors of other adapters.
+    wrong = [name for name in found.missing_keys if f".{adapter_name}." in name] + sorted(found.unexpected_keys)
+    if wrong:
+        delete_adapters(model, [adapter_name])
+        raise ValueError(f"the adapter in {folder} does not fit this model: {len(wrong)} tensors, like {wrong[0]}.")
+
+
+def delete_adapters(model: nn.Module, names: list[str]):
+    """Removes adapters; none of the others becomes active in all passes."""
+    model.delete_adapter(names)
+    for layer in adapter_layers(model):
+        # PEFT makes another adapter active instead, but DiDA's must be so in denoising passes only.
+        layer._active_adapter = [name for name in layer.active_adapters if name != DIDA_ADAPTER]
 
 
 @contextlib.contextmanager

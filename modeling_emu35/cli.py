@@ -115,6 +115,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_distill(add)
     _add_eval(add)
     _add_bench(add)
+    _add_demo(add)
     return parser
 
 
@@ -313,13 +314,29 @@ def _add_bench(add):
         "measure speed and memory against the straightforward way",
         "emu35 bench image vision --output bench.json",
     )
-    command.add_argument("parts", nargs="*", metavar="PART", help="image, vision, loss, start, decode, dida")
+    command.add_argument("parts", nargs="*", metavar="PART", help="image, vision, loss, start, decode, dida, train")
     command.add_argument("--size", choices=("tiny", "34b"), default="tiny", help="34b: the released size, on a GPU")
     command.add_argument("--quick", action="store_true", help="smaller inputs, once; targets are not judged")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
     command.add_argument("--plots", metavar="DIR", help="draw what decode and dida measure (needs matplotlib)")
     _add_seed(command)
     _add_device(command)
+
+
+def _add_demo(add):
+    command = add(
+        "demo",
+        _demo,
+        "serve the model as a page in the browser",
+        "emu35 demo --open",
+    )
+    command.add_argument("--model", metavar="PATH", help="checkpoint (default: the tiny one shipped)")
+    command.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the layers, which needs less memory")
+    command.add_argument("--vision-tokenizer", metavar="DIR", help="for a checkpoint that has none")
+    command.add_argument("--dida-adapter", metavar="DIR", help="default for the tiny model: the one shipped with it")
+    command.add_argument("--host", metavar="NAME", help="0.0.0.0: other machines, too (default: this one only)")
+    command.add_argument("--port", type=_positive, metavar="N", help="default: the first free one from 7860 on")
+    command.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
 def _add_image_decoder(command: argparse.ArgumentParser):
@@ -680,8 +697,11 @@ def _named_folder(text: str) -> tuple[str, str]:
 def _bench(args: argparse.Namespace):
     output = None if args.output is None else _file_path(args.output)
     plots = None if args.plots is None else _plots_path(args)
-    from emu35.bench_emu35 import format_results, run_benchmark
+    from emu35.bench_emu35 import format_results, register_part, run_benchmark
     from emu35.cli_tools_emu35 import find_device, find_dtype
+    from emu35.training.bench_train import PART
+
+    register_part("train", PART)
 
     device, dtype = find_device(args.device), find_dtype(args.dtype)
     results = run_benchmark(args.parts, args.size, args.quick, device, dtype, args.seed)
@@ -725,12 +745,15 @@ def _image_decoder_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _load(args: argparse.Namespace):
     """The model, ready to generate, and its processor."""
+    from emu35.adapters_emu35 import load_lora
     from emu35.cli_tools_emu35 import load
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     model, processor = load(args.model, args.device, args.dtype, args.load_in, args.vision_tokenizer, args.tokenizer)
+    if args.lora is not None:
+        load_lora(model, args.lora)
     if getattr(args, "image_decoder", None) == "dida":
         from emu35 import TINY_DIDA
 
@@ -749,6 +772,18 @@ def _is_tiny(args: argparse.Namespace) -> bool:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _demo(args: argparse.Namespace):
+    if find_spec("gradio") is None:
+        raise ValueError("emu35 demo needs gradio, which is not installed: pip install 'emu35[demo]'")
+    given = {"model": args.model, "load_in": args.load_in, "dida_adapter": args.dida_adapter}
+    given["vision_tokenizer"] = args.vision_tokenizer
+    # A Space reads the same from its environment, with all of its limits.
+    os.environ.update({f"EMU35_{name.upper()}": value for name, value in given.items() if value is not None})
+    from emu35.spaces.server import serve
+
+    serve(args.host, args.port, open_browser=args.open)
 
 
 def _file_path(name: str, option: str = "--output") -> Path:

@@ -20,12 +20,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
-from .adapters_emu35 import adapter_layers
+from .adapters_emu35 import DIDA_ADAPTER, adapter_layers
 from .decoding_emu35 import ImageRequest, ImageStatistics, TokenStream, execution_device
 from .sampling_emu35 import Generators, check_scores, guide, is_damaged
 
-#: Name that the adapter is loaded under.
-ADAPTER = "dida"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "scheduler_config.json")
 
 #: Most bytes of weights that are kept with the adapter added to them.
@@ -70,12 +68,12 @@ class DidaMixin:
                 "(`model.layers`)."
             )
         scheduler = self._checked_scheduler(_scheduler_class().from_pretrained(folder))
-        if ADAPTER in getattr(self, "peft_config", {}):
-            self.delete_adapter(ADAPTER)
+        if DIDA_ADAPTER in getattr(self, "peft_config", {}):
+            self.delete_adapter(DIDA_ADAPTER)
         active = {layer: layer.active_adapters for layer in adapter_layers(self)}
         conversions = getattr(self, "_weight_conversions", None)
         try:
-            problems = self.load_adapter(str(folder), adapter_name=ADAPTER)
+            problems = self.load_adapter(str(folder), adapter_name=DIDA_ADAPTER)
             # It leaves those of the adapter, by which the model's own tensors would be saved under wrong names.
             self._weight_conversions = conversions
         except RuntimeError as error:  # tensors of other shapes
@@ -83,7 +81,7 @@ class DidaMixin:
             raise ValueError(f"the adapter in {folder} does not fit this model: {error}") from error
         self._drop_adapter(active, keep=True)
         # Tensors of other adapters count as missing there.
-        wrong = sorted(name for name in problems.missing_keys if f".{ADAPTER}." in name)
+        wrong = sorted(name for name in problems.missing_keys if f".{DIDA_ADAPTER}." in name)
         wrong += sorted(problems.unexpected_keys)
         if wrong:
             self._drop_adapter(active)
@@ -97,11 +95,11 @@ class DidaMixin:
         for layer in adapter_layers(self):
             layer._active_adapter = active.get(layer, [])
         if not keep:
-            self.delete_adapter(ADAPTER)
+            self.delete_adapter(DIDA_ADAPTER)
 
     def find_dida_scheduler(self, scheduler, allow_unadapted: bool):
         """The scheduler that a call of `generate` uses, checked."""
-        adapted = self.config.dida_adapted or ADAPTER in getattr(self, "peft_config", {})
+        adapted = self.config.dida_adapted or DIDA_ADAPTER in getattr(self, "peft_config", {})
         if not adapted and not allow_unadapted:
             raise ValueError(
                 '`image_decoder`="dida" needs a model that was adapted to it, and this one has no adapter. Load one: '
@@ -168,7 +166,7 @@ class dida_adapter(contextlib.AbstractContextManager):
     """
 
     def __init__(self, model: nn.Module):
-        layers = [layer for layer in adapter_layers(model) if ADAPTER in layer._all_available_adapter_names()]
+        layers = [layer for layer in adapter_layers(model) if DIDA_ADAPTER in layer._all_available_adapter_names()]
         for layer in layers:
             if layer.merged:
                 raise ValueError(
@@ -188,7 +186,7 @@ class dida_adapter(contextlib.AbstractContextManager):
             before.append((active, disabled, parameters.get("weight")))
             others = [] if disabled else [active] if isinstance(active, str) else active
             # Not `set_adapter`, which also decides what is trained.
-            layer["_active_adapter"], layer["_disable_adapters"] = [*others, ADAPTER], False
+            layer["_active_adapter"], layer["_disable_adapters"] = [*others, DIDA_ADAPTER], False
             if merged is not None and not others:
                 parameters["weight"], layer["_disable_adapters"] = merged, True
 
@@ -205,7 +203,7 @@ def _merged_weights(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module
     Plain matrices only, and only `MERGED_BYTES` of them: in a model of 34 B parameters a second copy of all adapted
     matrices would take as much as the first.
     """
-    layers = [layer for layer in layers if ADAPTER in getattr(layer, "lora_A", ())]
+    layers = [layer for layer in layers if DIDA_ADAPTER in getattr(layer, "lora_A", ())]
     plain = [layer for layer in layers if type(layer.get_base_layer()) is nn.Linear]
     plain = [layer for layer in plain if layer.get_base_layer().weight.device.type != "meta"]
     weights = [layer.get_base_layer().weight for layer in plain]
@@ -215,7 +213,7 @@ def _merged_weights(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module
     if sum(weight.numel() * weight.element_size() for weight in weights) > MERGED_BYTES:
         return {}
     parts = [
-        (weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+        (weight, layer.lora_A[DIDA_ADAPTER].weight, layer.lora_B[DIDA_ADAPTER].weight)
         for weight, layer in zip(weights, plain, strict=True)
     ]
     # The parameters themselves are kept: another adapter's may come to lie where those of a deleted one were.
@@ -224,7 +222,9 @@ def _merged_weights(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module
     if known is None or state != known[0]:
         with torch.no_grad():
             merged = {
-                layer: nn.Parameter((weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype), False)
+                layer: nn.Parameter(
+                    (weight.float() + layer.get_delta_weight(DIDA_ADAPTER).float()).to(weight.dtype), False
+                )
                 for weight, layer in zip(weights, plain, strict=True)
             }
         model._dida_weights = ((state, sources), merged)

@@ -15,8 +15,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from emu35 import Emu35ForConditionalGeneration, Emu35GenerateOutput, Emu35GenerationConfig, Emu35Processor
-from emu35.adapters_emu35 import adapter_layers, without_adapters
-from emu35.dida_emu35 import ADAPTER
+from emu35.adapters_emu35 import DIDA_ADAPTER, adapter_layers, delete_adapters, load_lora, without_adapters
 from emu35.image_processing_emu35 import is_single_image, to_rgb
 from emu35.sampling_emu35 import Generators
 from emu35.segments_emu35 import pixels_to_pil, read_image
@@ -127,12 +126,12 @@ class Emu35Pipeline(DiffusionPipeline):
             shutil.rmtree(stale.parent)
         active = {name for layer in adapter_layers(self.model) for name in layer.active_adapters}
         for name, config in getattr(self.model, "peft_config", {}).items():
-            if name in (*active, ADAPTER):
+            if name in (*active, DIDA_ADAPTER):
                 config.save_pretrained(folder / name)
                 state = self.model.get_adapter_state_dict(name)
                 state = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}
                 save_file(state, folder / name / "adapter_model.safetensors", metadata={"format": "pt"})
-            if name == ADAPTER:
+            if name == DIDA_ADAPTER:
                 self.scheduler.save_pretrained(folder / name)
         with without_adapters(self.model):
             super().save_pretrained(save_directory, **kwargs)  # last, because it may upload the folder
@@ -167,47 +166,21 @@ class Emu35Pipeline(DiffusionPipeline):
         self.scheduler = self.model.dida_scheduler
 
     def load_lora_weights(self, folder: str | os.PathLike, adapter_name: str = "default"):
-        """Loads a PEFT adapter, which is active in all passes from now on, in place of others.
-
-        Args:
-            folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-            adapter_name (`str`): for `pipe.model.set_adapter`.
-        Raises:
-            ValueError: for a name that is taken, and for an adapter of another model.
-        """
-        if adapter_name == ADAPTER:
-            raise ValueError(f"`adapter_name`={ADAPTER!r} is that of DiDA adapters. Use `load_dida_adapter`.")
-        try:
-            found = self.model.load_adapter(str(folder), adapter_name=adapter_name)
-        except RuntimeError as error:  # tensors of other shapes
-            self._delete_adapters([adapter_name])
-            raise ValueError(f"the adapter in {folder} does not fit this model: {error}") from error
-        # transformers also misses the tensors of other adapters.
-        wrong = [name for name in found.missing_keys if f".{adapter_name}." in name] + sorted(found.unexpected_keys)
-        if wrong:
-            self._delete_adapters([adapter_name])
-            raise ValueError(
-                f"the adapter in {folder} does not fit this model: {len(wrong)} tensors, like {wrong[0]}."
-            )
+        """Loads a PEFT adapter, see [`load_lora`]."""
+        load_lora(self.model, folder, adapter_name)
 
     def unload_lora_weights(self):
         """Removes all adapters but that of DiDA."""
-        names = [name for name in getattr(self.model, "peft_config", {}) if name != ADAPTER]
+        names = [name for name in getattr(self.model, "peft_config", {}) if name != DIDA_ADAPTER]
         if names:
-            self._delete_adapters(names)
-
-    def _delete_adapters(self, names: list[str]):
-        self.model.delete_adapter(names)
-        for layer in adapter_layers(self.model):
-            # PEFT makes another adapter active instead, but DiDA's must be so in denoising passes only.
-            layer._active_adapter = [name for name in layer.active_adapters if name != ADAPTER]
+            delete_adapters(self.model, names)
 
     def _load_adapters(self, folder: Path):
         """Those that [`save_pretrained`] has saved."""
         names = sorted(one.name for one in folder.glob("*/"))
-        if ADAPTER in names:
-            self.load_dida_adapter(folder / ADAPTER)
-            names.remove(ADAPTER)
+        if DIDA_ADAPTER in names:
+            self.load_dida_adapter(folder / DIDA_ADAPTER)
+            names.remove(DIDA_ADAPTER)
         for name in names:
             self.load_lora_weights(folder / name, name)
         if names:
@@ -320,7 +293,7 @@ class Emu35Pipeline(DiffusionPipeline):
         self._check_images(prompt, image, mask_image, settings)
         settings["generation_mode"] = "image"
         if image_decoder is None and (
-            self.model.config.dida_adapted or ADAPTER in getattr(self.model, "peft_config", {})
+            self.model.config.dida_adapted or DIDA_ADAPTER in getattr(self.model, "peft_config", {})
         ):
             settings["image_decoder"] = "dida"
         self._config = self._checked_config(task, settings)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from emu35.adapters_emu35 import DIDA_ADAPTER
 from emu35.modeling_emu35 import LOSS_CHUNK_BYTES, Emu35ForConditionalGeneration
 from emu35.pipelines.scheduling_dida import DiDAScheduler
 from emu35.processing_emu35 import Emu35Processor
@@ -38,7 +39,6 @@ from .train_language_model import LanguageModelTrainer, _keep_freed_memory, chec
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "dida"
 NUM_TIME_BUCKETS = 4
 
 
@@ -66,7 +66,7 @@ def add_adapter(model: Emu35ForConditionalGeneration, recipe: LoRARecipe) -> Pef
         lora_dropout=0.0,
         bias="none",
     )
-    adapted = get_peft_model(model, config, adapter_name=ADAPTER)
+    adapted = get_peft_model(model, config, adapter_name=DIDA_ADAPTER)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -77,10 +77,10 @@ def save_adapter(adapted: PeftModel, scheduler: DiDAScheduler, directory: str | 
     """Writes what `load_dida_adapter` reads: the adapter in bfloat16, its configuration, and the scheduler's."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
+    state = get_peft_model_state_dict(adapted, adapter_name=DIDA_ADAPTER)
     state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
     (directory / "adapter_model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
-    config = copy.copy(adapted.peft_config[ADAPTER])
+    config = copy.copy(adapted.peft_config[DIDA_ADAPTER])
     if Path(config.base_model_name_or_path or "").is_dir():  # where it lies here says nothing elsewhere
         config.base_model_name_or_path = Path(config.base_model_name_or_path).name
     config.inference_mode = True

@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig
+from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig, cli
 from emu35.pipelines import Emu35Pipeline
 from emu35.training.checkpointing import read_log
 from emu35.training.data import prepare
@@ -151,6 +151,19 @@ def test_adapters_load_in_model_and_pipeline_and_merge(finished, base, tmp_path)
     merge_adapter(exported, tmp_path / "merged")
     merged = Emu35ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(input_ids=ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_command_line_uses_an_adapter(finished, base, tmp_path, monkeypatch):
+    """`emu35 eval --lora` once measured the model without it."""
+    _, exported = finished
+    loaded = []
+    monkeypatch.setattr(cli, "_describe", lambda args: loaded.append(cli._load(args)[0]))
+    for adapter in ([], ["--lora", str(exported)]):
+        assert not cli.main(["describe", "a.png", "--model", str(base / "model"), "--device", "cpu", *adapter])
+    ids = torch.arange(20, 60)[None]
+    plain, adapted = (model.eval()(input_ids=ids).logits for model in loaded)
+    assert (adapted - plain).abs().max() > 0.01
+    assert cli.main(["describe", "a.png", "--model", str(base / "model"), "--lora", str(tmp_path)])
 
 
 def test_an_export_is_pushed_whole(finished, monkeypatch):

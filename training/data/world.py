@@ -29,10 +29,11 @@ from emu35.training.shapes import (
     to_image,
 )
 
-#: Examples of each kind among the old ones, in turn.
+#: Examples of each kind among the old ones, in turn. Half are pictures: where those with new pairs are most of what is
+#: drawn, a new pair's colour comes to be drawn wherever its shape is asked for.
 OLD_KINDS = (
-    *("t2i", "vqa", "t2i", "describe", "x2i", "story", "howto"),
-    *("t2i", "vqa", "t2i", "multi_vqa", "chat", "explore", "vla"),
+    *("t2i", "vqa", "t2i", "describe", "t2i", "x2i", "t2i", "story"),
+    *("t2i", "x2i", "t2i", "multi_vqa", "t2i", "chat", "t2i", "explore", "t2i", "howto", "t2i", "vla"),
 )
 
 
@@ -55,7 +56,7 @@ class _Folder:
 
 
 def write_pairs(
-    directory: str | os.PathLike, num_new: int = 300, num_old: int = 200, num_eval: int = 64, seed: int = 0
+    directory: str | os.PathLike, num_new: int = 180, num_old: int = 320, num_eval: int = 64, seed: int = 0
 ):
     """Writes the folders of the table above.
 
@@ -114,8 +115,8 @@ def _message(folder: _Folder, turn: Turn) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
-    parser.add_argument("--new", type=int, default=300, help="examples with new pairs (default: %(default)s)")
-    parser.add_argument("--old", type=int, default=200, help="examples of old skills (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=180, help="examples with new pairs (default: %(default)s)")
+    parser.add_argument("--old", type=int, default=320, help="examples of old skills (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_pairs(args.directory, args.new, args.old, seed=args.seed)
