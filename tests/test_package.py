@@ -29,6 +29,8 @@ CATCH_ALL = {
     (ROOT / "training" / "rewards" / "base.py", "attempt"),
     # A thread has nobody to raise to: the error is logged, and who waits for the thread is told.
     (ROOT / "spaces" / "background.py", "updates_of"),
+    # A measurement: whatever went wrong, the request is lost, and why is reported.
+    (ROOT / "spaces" / "load_test.py", "_send"),
 }
 #: What a room needs beyond what the package requires; it is imported when it is wanted.
 EXTRAS = {"spaces": "demo"}

@@ -1,0 +1,105 @@
+"""Race: the same picture by every image decoder, one after the other."""
+
+from typing import Any
+
+import gradio as gr
+
+from ..engine import Engine
+from ..examples import Examples
+from ..parts import (
+    DECODER_NAMES,
+    Link,
+    connect,
+    connect_stop,
+    example_box,
+    prompt_box,
+    run_buttons,
+    seed_box,
+    status_line,
+    user_of,
+)
+from ..shown import shown_file
+from ..updates import Update
+
+_BARS = """
+<table class="race">
+  <caption>Seconds on the model and passes through it</caption>
+  <thead><tr><th scope="col">Decoder</th><th scope="col">Time</th><th scope="col">Passes</th></tr></thead>
+  <tbody>
+  {{#each value}}
+    <tr class="{{#if first}}first{{/if}}">
+      <th scope="row">{{decoder}} <small>{{about}}</small></th>
+      <td>
+        <span class="bar" style="width:{{percent}}%"></span>
+        {{#if seconds}}{{seconds}} s{{/if}}
+      </td>
+      <td>{{#if passes}}{{passes}}{{/if}}</td>
+    </tr>
+  {{/each}}
+  </tbody>
+</table>
+"""
+
+
+def build(engine: Engine, examples: Examples) -> Link:
+    """Lays the tab out and connects it."""
+    prompt = prompt_box(engine, "Prompt", "What every decoder draws")
+    run, stop = run_buttons("Race")
+    example_box(examples.note, [[text] for text in examples.race], prompt)
+    with gr.Row(elem_classes="lanes"):
+        views = [
+            gr.Image(
+                label=name,
+                type="filepath",
+                format="png",
+                interactive=False,
+                buttons=[],
+                min_width=90,
+                elem_classes="pixels",
+            )
+            for name in engine.decoders
+        ]
+    status = status_line()
+    waiting = compare(dict.fromkeys(engine.decoders, Update()))
+    results = gr.HTML(waiting, html_template=_BARS, label="Results", apply_default_css=False)
+    results.api_info = lambda: {"type": "array", "items": {"type": "object"}}
+    with gr.Accordion("Settings", open=False):
+        seed = seed_box()
+
+    def race(request: gr.Request, prompt: str, seed: float | None = None):
+        """The same picture by every decoder, each with the model to itself."""
+        for lanes in engine.race(prompt, seed=seed, user=user_of(request)):
+            pictures = [shown_file(lane.images[0]) if lane.images else None for lane in lanes.values()]
+            yield *pictures, compare(lanes), overall(lanes)
+
+    link = Link("race", {"prompt": prompt, "seed": seed})
+    connect(
+        [run.click, prompt.submit], race, [prompt, seed], [*views, results, status], stop, api_name="race", link=link
+    )
+    connect_stop(engine, stop)
+    return link
+
+
+def compare(lanes: dict[str, Update]) -> list[dict[str, Any]]:
+    """Figures of each decoder; `percent` of the longest time, `first` for the shortest once all are done."""
+    longest = max(lane.seconds for lane in lanes.values()) or 1.0
+    done = all(lane.stage == "done" for lane in lanes.values())
+    shortest = min(lane.seconds for lane in lanes.values())
+    return [
+        {
+            "decoder": name,
+            "about": DECODER_NAMES[name].removesuffix(f" ({name})"),
+            "seconds": round(lane.seconds, 2),
+            "passes": lane.passes,
+            "percent": round(100 * lane.seconds / longest),
+            "first": done and lane.seconds == shortest,
+        }
+        for name, lane in lanes.items()
+    ]
+
+
+def overall(lanes: dict[str, Update]) -> Update:
+    """The update of the decoder that runs, or of the last."""
+    running = [lane for lane in lanes.values() if not lane.is_last]
+    ended = [lane for lane in lanes.values() if lane.stage in ("stopped", "error")]
+    return (ended or running or list(lanes.values()))[0 if ended or running else -1]
