@@ -17,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import emu35
 import torch
 from emu35.adapters_emu35 import DIDA_ADAPTER
+from emu35.dida_emu35 import ADAPTER_FILES
 from emu35.modeling_emu35 import LOSS_CHUNK_BYTES, Emu35ForConditionalGeneration
 from emu35.pipelines.scheduling_dida import DiDAScheduler
 from emu35.processing_emu35 import Emu35Processor
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -57,7 +59,12 @@ def build_scheduler(model: Emu35ForConditionalGeneration, settings: dict[str, An
 
 
 def add_adapter(model: Emu35ForConditionalGeneration, recipe: LoRARecipe) -> PeftModel:
-    """Puts a fresh adapter into a model's decoder, which is frozen. The adapter's weights are float32."""
+    """Puts an adapter into a model's decoder, which is frozen. The adapter's weights are float32.
+
+    Raises:
+        FileNotFoundError: if there is no adapter in `recipe.start_from`.
+        ValueError: if that one has other matrices, or other shapes.
+    """
     names = "|".join(recipe.targets)
     config = LoraConfig(
         r=recipe.rank,
@@ -70,7 +77,23 @@ def add_adapter(model: Emu35ForConditionalGeneration, recipe: LoRARecipe) -> Pef
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if recipe.start_from is not None:
+        _load_adapter(adapted, emu35.TINY_DIDA if recipe.start_from == "tiny" else recipe.start_from)
     return adapted
+
+
+def _load_adapter(adapted: PeftModel, folder: str | os.PathLike):
+    """Fills a fresh adapter with the weights of one that [`save_adapter`] has written."""
+    path = Path(folder, "adapter_model.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"`lora.start_from`: {folder} is no DiDA adapter: it lacks {path.name}.")
+    fresh, stored = get_peft_model_state_dict(adapted, adapter_name=DIDA_ADAPTER), load_file(path)
+    if {name: tensor.shape for name, tensor in fresh.items()} != {name: t.shape for name, t in stored.items()}:
+        raise ValueError(
+            f"`lora.start_from`: the adapter in {folder} does not have this rank, these targets, or fit this model. "
+            f"`lora` must be that of its {ADAPTER_FILES[0]}."
+        )
+    set_peft_model_state_dict(adapted, stored, adapter_name=DIDA_ADAPTER)
 
 
 def save_adapter(adapted: PeftModel, scheduler: DiDAScheduler, directory: str | os.PathLike):

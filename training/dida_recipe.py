@@ -18,11 +18,15 @@ class LoRARecipe:
     Args:
         rank (`int`), alpha (`float`): the adapter adds `alpha / rank * B A x`.
         targets (`list[str]`): names of the decoder's linear layers.
+        start_from (`str`, *optional*):
+            folder of an adapter of this rank and these targets to go on from ("tiny": `emu35.TINY_DIDA`). Default: a
+            fresh one, which changes nothing yet.
     """
 
     rank: int = 64
     alpha: float = 64.0
     targets: list[str] = field(default_factory=lambda: list(DECODER_MATRICES))
+    start_from: str | None = None
 
     def __post_init__(self):
         _require(self.rank > 0, "lora.rank", self.rank, "positive")

@@ -81,6 +81,26 @@ def test_a_run_leaves_an_adapter_that_peft_loads(finished):
     assert all(value == value for record in log for value in record.values())
 
 
+def test_a_run_goes_on_from_an_adapter(finished):
+    exported = finished[1]
+    lora = {**VALUES["lora"], "start_from": str(exported)}
+    trainer = DiDATrainer(recipe_from_dict({**VALUES, "lora": lora}))
+    stored = load_file(exported / "adapter_model.safetensors")
+    state = {f"base_model.model.{name}".replace(".dida", ""): p for name, p in trainer.decoder_state().items()}
+    assert state.keys() == stored.keys()
+    for name, tensor in stored.items():
+        torch.testing.assert_close(state[name], tensor.float(), rtol=0, atol=0)
+
+
+def test_an_adapter_to_go_on_from_must_fit(finished, tmp_path):
+    for lora in ({"rank": 4}, {"targets": ["q_proj"]}):
+        lora = {**VALUES["lora"], "start_from": str(finished[1]), **lora}
+        with pytest.raises(ValueError, match="does not have this rank, these targets, or fit this model"):
+            DiDATrainer(recipe_from_dict({**VALUES, "lora": lora}))
+    with pytest.raises(FileNotFoundError, match=r"`lora.start_from`: .* lacks adapter_model.safetensors"):
+        DiDATrainer(recipe_from_dict({**VALUES, "lora": {**VALUES["lora"], "start_from": str(tmp_path)}}))
+
+
 def test_an_interrupted_run_ends_like_one_that_was_not(finished, tmp_path, monkeypatch):
     step = DiDATrainer.step
 
