@@ -370,7 +370,12 @@ def _add_model_options(command: argparse.ArgumentParser):
 
 def _add_device(group):
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto (default): as stored; float32 for a small model on a CPU that is slow at bfloat16",
+    )
 
 
 def _add_seed(group):

@@ -15,12 +15,16 @@ from transformers import BitsAndBytesConfig
 from transformers.generation.streamers import BaseStreamer
 
 from . import TINY
+from .devices_emu35 import multiplies_bfloat16
 from .image_processing_emu35 import Emu35ImageProcessor
 from .image_tokens_emu35 import parse_size
 from .modeling_emu35 import Emu35ForConditionalGeneration
 from .processing_emu35 import Emu35Processor
 from .streaming_emu35 import Event, ImageFinished, ImageProgress, ImageStarted, TextPiece, ThoughtPiece
 from .tokenization_emu35 import TIKTOKEN_FILE, tokenizer_from_qwen, tokenizer_from_tiktoken
+
+#: Stored weights that are taken to float32 without being asked for.
+SMALL_BYTES = 2**30
 
 
 def find_device(name: str) -> str:
@@ -61,6 +65,9 @@ def load(
     Args:
         path (`str` or `None`): checkpoint, ours or the release's; `None`: the tiny one that is shipped.
         device (`str`): "auto" spreads a model over all GPUs, and main memory, if it has to.
+        dtype (`str`):
+            "auto": as stored; float32 where products of bfloat16 are slow (see [`multiplies_bfloat16`]) and the file
+            is no larger than `SMALL_BYTES`.
         load_in (`str`, *optional*): "4bit" or "8bit".
         vision_tokenizer, tokenizer (`str`, *optional*): for a checkpoint that has none.
     """
@@ -78,10 +85,15 @@ def load(
     if vision_tokenizer is not None:
         options["vision_tokenizer"] = vision_tokenizer
     if load_in is not None:
-        options["quantization_config"] = _quantization(load_in)
-    dtype = find_dtype(dtype) or "auto"
+        options["quantization_config"] = _quantization(load_in, found)
+    dtype = find_dtype(dtype) or ("auto" if multiplies_bfloat16(found) or not _is_small(path) else torch.float32)
     model = Emu35ForConditionalGeneration.from_pretrained(path, dtype=dtype, **options).eval()
     return model, _load_processor(path, tokenizer, model)
+
+
+def _is_small(path: str) -> bool:
+    """Whether a checkpoint in a folder has no more than `SMALL_BYTES`; one on the Hub counts as large."""
+    return Path(path).is_dir() and sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) <= SMALL_BYTES
 
 
 def _load_processor(path: str, tokenizer: str | None, model: Emu35ForConditionalGeneration) -> Emu35Processor:
@@ -101,12 +113,13 @@ def _load_processor(path: str, tokenizer: str | None, model: Emu35ForConditional
     return Emu35Processor(images, read(tokenizer), model.config.token_layout)
 
 
-def _quantization(load_in: str) -> BitsAndBytesConfig:
+def _quantization(load_in: str, device: str) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"--load-in {load_in} needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 class TokenProgress(BaseStreamer):

@@ -17,7 +17,14 @@ import emu35
 import numpy as np
 import pytest
 import torch
-from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig, Emu35Processor, cli, cli_tools_emu35
+from emu35 import (
+    Emu35ForConditionalGeneration,
+    Emu35GenerationConfig,
+    Emu35Processor,
+    cli,
+    cli_tools_emu35,
+    devices_emu35,
+)
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -642,6 +649,30 @@ def test_device_names():
     assert cli_tools_emu35.find_device("auto") in ("cpu", "cuda", "mps")
     with pytest.raises(ValueError, match="--device meta"):
         cli_tools_emu35.find_device("meta")
+
+
+@pytest.mark.parametrize(
+    ("is_fast", "limit", "dtype"),
+    [(True, 2**30, torch.bfloat16), (False, 2**30, torch.float32), (False, 1000, torch.bfloat16)],
+)
+def test_a_small_model_is_float32_where_bfloat16_is_slow(is_fast, limit, dtype, monkeypatch):
+    monkeypatch.setattr(cli_tools_emu35, "multiplies_bfloat16", lambda device: is_fast)
+    monkeypatch.setattr(cli_tools_emu35, "SMALL_BYTES", limit)
+    assert cli_tools_emu35.load(None, device="cpu")[0].dtype == dtype
+    assert cli_tools_emu35.load(None, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_which_processors_multiply_bfloat16(monkeypatch):
+    assert devices_emu35.multiplies_bfloat16("cuda")
+    for machine, capability, is_fast in (
+        ("x86_64", "AVX512", True),
+        ("x86_64", "AVX2", False),
+        ("x86_64", "DEFAULT", False),
+        ("aarch64", "DEFAULT", True),
+    ):
+        monkeypatch.setattr(devices_emu35.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert devices_emu35.multiplies_bfloat16("cpu") is is_fast
 
 
 def test_a_tokenizer_can_be_named(checkpoint, tmp_path, make_tiny_model, tiny_tokenizer):

@@ -11,12 +11,14 @@
 Interrupt it whenever you like, even with `kill -9`; the same command goes on where it was.
 """
 
+import dataclasses
 import logging
 import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from emu35.devices_emu35 import multiplies_bfloat16
 from emu35.image_processing_emu35 import Emu35ImageProcessor
 from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 from emu35.processing_emu35 import Emu35Processor
@@ -56,7 +58,7 @@ def train(
     Raises:
         FileNotFoundError, ValueError: if the recipe is missing or wrong, or `output_dir` holds a run of another one.
     """
-    recipe = load_recipe(recipe_path)
+    recipe = _for_this_machine(load_recipe(recipe_path), device)
     output_dir = Path(output_dir or recipe.output_dir)
     export_dir = Path(export_dir or recipe.export_dir or output_dir / "export")
     vision_tokenizer_dir, processor_dir = output_dir / "vision_tokenizer", output_dir / "processor"
@@ -100,6 +102,18 @@ def train(
     export(model, processor, export_dir, recipe.generation)
     logger.info("the model is in %s", export_dir)
     return export_dir
+
+
+def _for_this_machine(recipe, device: str):
+    """The recipe without autocast to bfloat16 where that is slower than float32."""
+    if not recipe.bf16 or multiplies_bfloat16(device):
+        return recipe
+    logger.warning("`bf16`: this CPU has no arithmetic for bfloat16, which would be slower. Training is in float32.")
+    recipe = dataclasses.replace(recipe, bf16=False)
+    vision_tokenizer = getattr(recipe, "vision_tokenizer", None)
+    if dataclasses.is_dataclass(vision_tokenizer):
+        recipe.vision_tokenizer = dataclasses.replace(vision_tokenizer, bf16=False)
+    return recipe
 
 
 def plan(recipe_path: str | os.PathLike) -> str:

@@ -13,6 +13,7 @@ import yaml
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 from emu35.processing_emu35 import Emu35Processor
+from emu35.training import train as train_module
 from emu35.training import train_language_model as train_language_model_module
 from emu35.training.checkpointing import read_log
 from emu35.training.optimizers import MuonAdamW, _share_out
@@ -104,6 +105,16 @@ def test_a_vision_tokenizer_can_be_that_of_a_checkpoint(finished, tmp_path):
         Emu35VisionTokenizer.from_pretrained(folder / "out" / "export").state_dict() for folder in (tmp_path, finished)
     )
     assert all(torch.equal(ours[name], given[name]) for name in given)
+
+
+def test_autocast_only_where_it_is_faster(monkeypatch, caplog):
+    values = {"output_dir": "unused", "model": {}, "vision_tokenizer": {"bf16": True}, "stages": [{"name": "one"}]}
+    recipe = recipe_from_dict(values)
+    monkeypatch.setattr(train_module, "multiplies_bfloat16", lambda device: device == "cuda")
+    assert train_module._for_this_machine(recipe, "cuda") is recipe
+    slow = train_module._for_this_machine(recipe, "cpu")
+    assert not slow.bf16 and not slow.vision_tokenizer.bf16 and recipe.bf16 and recipe.vision_tokenizer.bf16
+    assert "Training is in float32" in caplog.text
 
 
 def test_a_finished_run_is_not_repeated(finished):
