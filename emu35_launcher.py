@@ -15,3 +15,7 @@ def main() -> int:
     cli = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(cli)
     return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from .background import Run
 from .checks import UNLIMITED, check_length
 from .settings import SpaceSettings
+from .updates import UNFINISHED
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def answer(
     limits = {"max_new_tokens": min(settings.max_new_tokens, model.generation_config.max_new_tokens or 2**31)}
     if task != "vqa":
         limits["max_images"] = settings.max_images
-    watcher = _Watcher(pipe, run, settings)
+    watcher = _Watcher(pipe, run, settings, arguments.get("num_inference_steps"))
     if arguments.get("image_decoder") == "dida":
         arguments["on_step"] = watcher.denoised
     handle = model.model.register_forward_hook(run.count_pass)
@@ -49,16 +50,27 @@ def answer(
         handle.remove()
     if not bool(output.finished[0]):
         run.stop(f"Stopped: the limit of an answer, {limits['max_new_tokens']} tokens.")
-    run.show(segments=watcher.segments(), images=watcher.pictures, passes=output.num_forward_passes)
+    segments = watcher.segments()
+    unfinished = [one.image for one in iter_images(segments) if one.image is not None and not one.complete]
+    for image in unfinished:
+        image.info[UNFINISHED] = True
+    if run.reason and unfinished:
+        run.reason += " The last picture is unfinished."
+    run.show(segments=segments, images=watcher.pictures, passes=output.num_forward_passes)
 
 
 class _Watcher(BaseStreamer):
     """Shows an answer while `generate` writes it, in its thread.
 
     [`~emu35.Emu35Streamer`] does the same over a queue of events; here only the newest state is wanted.
+
+    Args:
+        num_steps (`int`, *optional*): of `dida`, which tells of its steps by [`denoised`].
     """
 
-    def __init__(self, pipe: Emu35Pipeline, run: Run, settings: SpaceSettings):
+    def __init__(self, pipe: Emu35Pipeline, run: Run, settings: SpaceSettings, num_steps: int | None = None):
+        self.num_steps = num_steps
+        self.first: tuple[float, float] | None = None  # seconds and fraction, where the picture was looked at first
         self.model, self.run, self.settings = pipe.model, run, settings
         self.reader = AnswerReader(pipe.processor, pipe.model)
         self.forming: Any = None
@@ -89,20 +101,37 @@ class _Watcher(BaseStreamer):
             pixels = event.token_height * event.token_width * self.model.image_factor**2
             if pixels > self.settings.max_pixels:
                 self.run.stop(f"Stopped: the model began a picture of more than {self.settings.max_pixels} pixels.")
-            self.run.show(stage="drawing", message=f"Drawing picture {number}.", segments=self.segments())
+            self.first = None
+            self.run.show(
+                stage="drawing",
+                message=f"Drawing picture {number}.",
+                fraction=0.0,
+                remaining=None,
+                segments=self.segments(),
+            )
         elif isinstance(event, ImageProgress):
+            if self.num_steps is None:
+                self.progress(event.num_codes / event.total)
             self.run.show_sometimes(lambda: self._with_preview(event.preview()))
         elif isinstance(event, ImageFinished):
-            self.run.show(segments=self.segments(), images=self.pictures)
+            self.run.show(segments=self.segments(), images=self.pictures, fraction=1.0, remaining=None)
         else:
             message = "Thinking." if isinstance(event, ThoughtPiece) else "Writing."
-            self.run.show(stage="writing", message=message)
+            self.run.show(stage="writing", message=message, fraction=None, remaining=None)
             self.run.show_sometimes(lambda: {"segments": self.segments()})
 
     def denoised(self, step: int, codes: torch.LongTensor):
         """After a step of `dida`, whose codes come as tokens only at its end."""
+        self.progress((step + 1) / self.num_steps)
         if int(codes.max()) < self.model.config.vision_tokenizer_config.codebook_size:
             self.run.show_sometimes(lambda: self._with_preview(pixels_to_pil(self.model.decode_image(list(codes))[0])))
+
+    def progress(self, fraction: float):
+        """Shows how much there is of the picture.  How long the rest takes follows from its own pace."""
+        seconds = self.run.seconds
+        then, there = self.first = self.first or (seconds, fraction)
+        remaining = (seconds - then) * (1 - fraction) / (fraction - there) if fraction > there else None
+        self.run.show(fraction=fraction, remaining=remaining)
 
     def segments(self) -> Segments:
         """The answer so far.  Unfinished images are decoded as far as they go."""

@@ -12,6 +12,7 @@ import gradio as gr
 from emu35.spaces.downloads import remove_downloads
 from emu35.spaces.engine import Engine
 from emu35.spaces.examples import RELEASED, TINY
+from emu35.spaces.guard import refuse_addresses
 from emu35.spaces.parts import Link, user_of
 from emu35.spaces.tabs import ask, create, edit, explore, race, robot, tell
 
@@ -70,7 +71,7 @@ def build_app(engine: Engine) -> gr.Blocks:
     ) as app:
         with gr.Row(elem_classes="head"):
             gr.HTML(f"<h1>Emu3.5</h1><p>{engine.about}</p>", elem_classes="about", padding=False)
-            copy = gr.Button("Copy link", size="sm", min_width=90, scale=0)
+            copy = gr.Button("Copy link", size="sm", min_width=90, scale=0, elem_id="copy-link")
             shade = gr.Button("Light or dark", size="sm", min_width=90, scale=0)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             for name, (title, tab) in TABS.items():
@@ -79,7 +80,8 @@ def build_app(engine: Engine) -> gr.Blocks:
                 ) as item:
                     links.append(tab.build(engine, examples))
                 item.select(None, None, None, js=f"() => emu35Tab('{name}')", show_progress="hidden")
-        copy.click(None, None, None, js="emu35CopyLink")
+        copied = copy.click(None, None, copy, js="emu35CopyLink", show_progress="hidden")
+        copied.then(None, None, copy, js="() => emu35Later('Copy link')", show_progress="hidden")
         shade.click(None, None, None, js="emu35Shade")
         controls = [control for link in links for control in link.controls.values()]
 
@@ -98,6 +100,7 @@ def build_app(engine: Engine) -> gr.Blocks:
 
         app.load(open_link, None, [tabs, *controls], api_visibility="private", show_progress="hidden")
         app.unload(leave)
+    refuse_addresses(app)
     return app
 
 

@@ -18,8 +18,11 @@ from emu35 import Segments
 from PIL.PngImagePlugin import PngInfo
 
 from .turns import Visitor
+from .updates import UNFINISHED
 
 _MAX_NAME = 40
+#: How the names of files of unfinished pictures end.
+UNFINISHED_NAME = "-unfinished"
 
 
 @cache
@@ -42,30 +45,41 @@ def remove_downloads(user: Visitor):
     shutil.rmtree(_folder(user), ignore_errors=True)
 
 
-def remove_older_than(seconds: float):
-    """Removes the files, and empty folders, that nothing was written to for so long."""
+def remove_older_than(seconds: float, root: Path | None = None):
+    """Removes the folders of `root` (default: that of the downloads) that nothing was written to for so long."""
     late = time.time() - seconds
-    for folder in _root().iterdir():
+    for folder in (root or _root()).iterdir():
         if all(path.stat().st_mtime < late for path in (folder, *folder.rglob("*"))):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_png(
-    image: PIL.Image.Image, user: Visitor, *, prompt: str = "", seed: int | None = None, **made_with: Any
+    image: PIL.Image.Image,
+    user: Visitor,
+    *,
+    prompt: str = "",
+    seed: int | None = None,
+    kind: str = "",
+    **made_with: Any,
 ) -> Path:
     """Writes a picture as PNG.
 
     Args:
-        prompt (`str`), seed (`int`), made_with: stand in it as texts (`Image.open(path).text`); `None` is left out.
+        prompt (`str`), seed (`int`), made_with:
+            stand in it as texts (`Image.open(path).text`); `None` is left out. So does that it is unfinished.
+        kind (`str`): ends its name, where one prompt and seed make several.
     Returns:
         `Path`: the file, named after prompt and seed.
     """
     metadata = PngInfo()
+    unfinished = UNFINISHED in image.info
+    made_with["unfinished"] = "stopped before its end" if unfinished else None
     for name, value in {"Software": "emu35", "prompt": prompt or None, "seed": seed, **made_with}.items():
         if value is not None:
             metadata.add_itxt(name, str(value))
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:_MAX_NAME].strip("-") or "picture"
-    path = _folder(user) / (f"{words}.png" if seed is None else f"{words}-{seed}.png")
+    name = "-".join([words, *([] if seed is None else [str(seed)]), *([kind] if kind else [])])
+    path = _folder(user) / f"{name}{UNFINISHED_NAME if unfinished else ''}.png"
     image.save(path, pnginfo=metadata)
     return path
 
@@ -80,4 +94,4 @@ def save_story(segments: Segments, user: Visitor, *, prompt: str, title: str | N
     return [path for path in (folder / "index.html", folder / "story.mp4") if path.is_file()]
 
 
-__all__ = ["remove_downloads", "remove_older_than", "save_png", "save_story"]
+__all__ = ["UNFINISHED_NAME", "remove_downloads", "remove_older_than", "save_png", "save_story"]

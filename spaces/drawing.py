@@ -11,6 +11,7 @@ from emu35.segments_emu35 import pixels_to_pil
 from .background import Run
 from .checks import UNLIMITED, check_length
 from .settings import SpaceSettings
+from .updates import UNFINISHED
 
 
 @torch.no_grad()
@@ -62,6 +63,10 @@ def draw(pipe: Emu35Pipeline, run: Run, settings: SpaceSettings, **arguments: An
     images = output.images
     if run.reason:  # some have fewer rows, or none
         images = _decode(pipe, [codes for codes in output.codes if codes.numel()], grid)
+        for image in images[len(done) :]:
+            image.info[UNFINISHED] = True
+        if len(images) > len(done):
+            run.reason += " What is shown is unfinished."
     run.show(images=images, passes=output.num_forward_passes)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
-from math import gcd
+from math import ceil, gcd
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from .checks import check_images, check_messages, check_number, check_prompt
 from .drawing import draw
 from .errors import UserError
 from .settings import SpaceSettings
-from .turns import Turn, TurnQueue, Visitor
+from .turns import NAP, Turn, TurnQueue, Visitor
 from .updates import Update
 from .zero_gpu import IS_ZERO_GPU, on_gpu
 
@@ -43,10 +43,12 @@ Work = Callable[..., None]
 #: Width to height, of pictures to make; the release's list.
 ASPECT_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9")
 #: Tasks of [`Engine.tell`].
-TELLING = ("story", "howto", "explore", "vla")
+TELLING = ("story", "howto", "explore", "vla", "chat")
 _ANYBODY = Visitor()
 _MAX_SEED = 2**31 - 1
 _MAX_GUIDANCE = 20.0
+#: Of its time on ZeroGPU, after which a request ends with what there is. At the end it would be killed.
+_SHARE = 0.9
 
 
 class Engine:
@@ -67,7 +69,7 @@ class Engine:
         self._queue = TurnQueue(settings.queue_size, settings.requests_per_user, settings.patience)
         self._loading = threading.Lock()
         self._pipe: Emu35Pipeline | None = None
-        self._remote = on_gpu(self._stream_there, settings.max_seconds)
+        self._remote = on_gpu(self._stream_there, min(ceil(settings.max_seconds / _SHARE), settings.gpu_seconds))
 
     # --- what there is ---
 
@@ -114,6 +116,20 @@ class Engine:
     def guidance_scale(self, task: str) -> float:
         """The checkpoint's own for a task."""
         return self._defaults.with_settings(task).guidance_scale or 1.0
+
+    def made_with(
+        self, task: str, guidance_scale: float | None = None, image_decoder: str = "ar", steps: float | None = None
+    ) -> dict[str, Any]:
+        """How a picture is made, beside prompt and seed, for whoever wants to make it again."""
+        return {
+            "model": Path(self.settings.model).name,
+            "task": task,
+            "guidance_scale": self.guidance_scale(task) if guidance_scale is None else guidance_scale,
+            "image_decoder": image_decoder,
+            "num_inference_steps": int(steps or self.settings.num_inference_steps)
+            if image_decoder == "dida"
+            else None,
+        }
 
     @cached_property
     def about(self) -> str:
@@ -255,7 +271,7 @@ class Engine:
         Args:
             messages: a prompt, or a conversation as for [`ask`].
             images: what the prompt shows; for a conversation they stand in its messages.
-            task (`str`): "story", "howto", "explore" or "vla".
+            task (`str`): "story", "howto", "explore" or "vla"; "chat": whatever the conversation leads to.
             seed, guidance_scale, image_decoder, num_inference_steps, user: see [`create`].
         Raises:
             UserError: if it is refused.
@@ -328,7 +344,9 @@ class Engine:
         """Waits for the model, and then serves."""
         turn = self._queue.join(user)
         try:
-            while not turn.wait():
+            nap = 0.0  # who has to wait is told so at once
+            while not turn.wait(nap):
+                nap = NAP
                 if turn.stopped.is_set():
                     yield told_as(Update("stopped", message="Stopped.", seed=seed))
                     return
@@ -366,10 +384,18 @@ class Engine:
                     return
 
     def _stream_there(self, work: Work, arguments: dict[str, Any], seed: int) -> Iterator[Update]:
-        yield from self._stream_here(work, arguments, seed, threading.Event())
+        settings = self.settings
+        seconds = min(settings.max_seconds, _SHARE * settings.gpu_seconds)
+        yield from self._stream_here(work, arguments, seed, threading.Event(), seconds=seconds)
 
     def _stream_here(
-        self, work: Work, arguments: dict[str, Any], seed: int, stopped: threading.Event, turn: Turn | None = None
+        self,
+        work: Work,
+        arguments: dict[str, Any],
+        seed: int,
+        stopped: threading.Event,
+        turn: Turn | None = None,
+        seconds: float | None = None,
     ) -> Iterator[Update]:
         def target(run: Run):
             if not self.is_loaded:
@@ -378,7 +404,7 @@ class Engine:
                 run.restart()
             work(self.load(), run, self.settings, **arguments)
 
-        run = Run(seed, stopped, self.settings.max_seconds, self.settings.patience)
+        run = Run(seed, stopped, seconds or self.settings.max_seconds, self.settings.patience)
         if turn is not None:
             turn.hold()  # until the thread has ended, which may be after its reader has gone
         return updates_of(target, run, on_end=turn.release if turn is not None else lambda: None)

@@ -1,7 +1,8 @@
 // The address of the page holds the tab and its settings, so that a link shows the same to others.
 function emu35Share(tab, names, values) {
-  const query = new URLSearchParams(location.search);
-  for (const name of [...query.keys()]) if (!name.startsWith("__")) query.delete(name);
+  // Of what was in it, only how it looks is for others: a private Space has its visitor's key there (__sign).
+  const theme = new URLSearchParams(location.search).get("__theme");
+  const query = new URLSearchParams(theme === null ? {} : { __theme: theme });
   query.set("tab", tab);
   names.forEach((name, place) => {
     const value = values[place];
@@ -19,10 +20,49 @@ function emu35Tab(tab) {
   if (emu35Used) emu35Share(tab, [], []);
 }
 
-function emu35CopyLink() {
-  const inFrame = window.parent !== window && document.referrer.startsWith("https://huggingface.co/");
-  const address = inFrame ? document.referrer.split("?")[0] + location.search : location.href;
-  navigator.clipboard.writeText(address);
+// Without those parameters that are not for others, whether or not anything was shared before.
+function emu35Address() {
+  const inFrame = window.parent !== window && document.referrer.startsWith("https://huggingface.co/spaces/");
+  const address = new URL(inFrame ? document.referrer : location.href);
+  address.search = location.search;
+  for (const name of [...address.searchParams.keys()])
+    if (name.startsWith("__") && name !== "__theme") address.searchParams.delete(name);
+  return address.href;
+}
+
+// Returns what the button says then.
+async function emu35CopyLink() {
+  const address = emu35Address();
+  let copied = false;
+  try {
+    await navigator.clipboard.writeText(address); // there on https and localhost only
+    copied = true;
+  } catch {
+    const field = document.createElement("textarea");
+    field.value = address;
+    document.body.append(field);
+    field.select();
+    copied = document.execCommand("copy");
+    field.remove();
+  }
+  if (!copied) window.prompt("The link", address);
+  emu35Say(copied ? "Link copied" : "");
+  return copied ? "Copied" : "Copy link";
+}
+
+const emu35Later = (value) => new Promise((done) => setTimeout(() => done(value), 2000));
+
+// Tells those who hear the page.
+function emu35Say(text) {
+  let live = document.getElementById("emu35-said");
+  if (!live) {
+    live = document.createElement("div");
+    live.id = "emu35-said";
+    live.className = "only-for-screen-readers";
+    live.setAttribute("role", "status");
+    document.body.append(live);
+  }
+  live.textContent = text;
 }
 
 function emu35Shade() {

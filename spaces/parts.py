@@ -5,13 +5,17 @@ import html
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import PIL.Image
 
+from .downloads import UNFINISHED_NAME
 from .engine import Engine, Visitor
 from .errors import UserError
-from .updates import Update
+from .shown import shown_file
+from .updates import UNFINISHED, Update
 
 #: Names of the image decoders as visitors read them.
 DECODER_NAMES = {
@@ -127,10 +131,18 @@ class Link:
     tab: str
     controls: dict[str, Any] = field(default_factory=dict)
 
-    def js(self) -> str:
-        """Runs before a request: writes its first inputs, which are the `controls`, into the address."""
-        names = json.dumps(list(self.controls))
-        return f"(...values) => {{ emu35Share({json.dumps(self.tab)}, {names}, values); return values; }}"
+    def js(self, inputs: Sequence[Any]) -> str:
+        """Runs before a request with these `inputs`: writes those of them that are `controls` into the address.
+
+        Raises:
+            ValueError: if a control is none of the `inputs`.
+        """
+        ids = [one._id for one in inputs]
+        places = json.dumps([ids.index(control._id) for control in self.controls.values()])
+        tab, names = json.dumps(self.tab), json.dumps(list(self.controls))
+        return (
+            f"(...values) => {{ emu35Share({tab}, {names}, {places}.map((place) => values[place])); return values; }}"
+        )
 
     def read(self, query: dict[str, str]) -> list[Any]:
         """Values for the `controls`; `gr.skip()` where the address says nothing, or nothing that fits."""
@@ -252,15 +264,33 @@ def run_buttons(label: str) -> tuple[gr.Button, gr.Button]:
     return run, stop
 
 
-def example_box(engine_note: str, rows: Sequence[Any], inputs: Any, labels: Sequence[str] | None = None):
-    """Examples that fill the inputs."""
-    gr.Examples(
-        list(rows),
-        inputs,
-        label=engine_note,
-        example_labels=None if labels is None else list(labels),
-        api_visibility="private",
+def example_box(note: str, rows: Sequence[Sequence[Any]], inputs: Sequence[Any], labels: Sequence[str]) -> gr.Dataset:
+    """Examples that fill the inputs.
+
+    Not `gr.Examples`: a click there rebuilds the inputs for the session, and an [`upload`] so rebuilt is gradio's own
+    again. Plain values leave them as they are.
+
+    Args:
+        note: what these examples are.
+        rows: values of the `inputs`, for an upload the path of a picture; `labels` are what the page shows of them.
+    """
+    box = gr.Dataset(
+        components=[gr.Textbox(render=False)],
+        samples=[[label] for label in labels],
+        sample_labels=list(labels),
+        type="index",
+        label=note,
     )
+
+    def fill(index: int) -> Any:
+        values = [
+            shown_file(PIL.Image.open(value)) if value is not None and isinstance(one, gr.Image) else value
+            for one, value in zip(inputs, rows[index], strict=True)
+        ]
+        return values if len(values) > 1 else values[0]
+
+    box.click(fill, box, list(inputs), queue=False, show_progress="hidden", api_visibility="private")
+    return box
 
 
 def user_of(request: gr.Request) -> Visitor:
@@ -307,13 +337,61 @@ def connect(
         [*outputs, stop],
         api_name=api_name,
         api_visibility="public" if api_name else "private",
-        js=js or (link.js() if link else None),
+        js=js or (link.js(inputs) if link else None),
         concurrency_limit=None,  # the engine has a queue of its own, which is fair
         show_progress="hidden",
         trigger_mode="once",
     )
     event.failure(lambda: gr.Button(interactive=False), None, stop, queue=False, api_visibility="private")
     return event
+
+
+def clear_when_done(event: Any, status: gr.HTML, inputs: Sequence[Any]):
+    """Empties inputs after an answer; what was stopped can be sent again."""
+    event.success(
+        None,
+        [status, *inputs],
+        list(inputs),
+        js="""(status, ...values) => {
+            const done = status && status.stage === "done";
+            return values.map((value) => (done ? (typeof value === "string" ? "" : null) : value));
+        }""",
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def png_button() -> gr.DownloadButton:
+    """For a picture of those that are shown; see [`offer`]."""
+    return gr.DownloadButton("Download PNG", visible=False, size="md")
+
+
+def offer(file: str | Path | None, what: str = "PNG") -> gr.DownloadButton:
+    """What a [`png_button`] becomes: hidden without a file; it says so where the picture is unfinished."""
+    if file is None:
+        return gr.DownloadButton(visible=False)
+    unfinished = "unfinished " if Path(file).stem.endswith(UNFINISHED_NAME) else ""
+    return gr.DownloadButton(f"Download {unfinished}{what}", value=file, visible=True)
+
+
+def choose_by(gallery: gr.Gallery, files: gr.State, download: gr.DownloadButton):
+    """Lets a [`png_button`] give the picture of a gallery that was clicked last.
+
+    Args:
+        files: of the pictures, in their order, `None` for those that are no work of the model. The picture is found by
+            its place: a browser's word about files is not to be trusted.
+    """
+
+    def choose(chosen: gr.SelectData, files: list[str | None]) -> Any:
+        file = files[chosen.index] if chosen.index < len(files) else None
+        return offer(file) if file and Path(file).is_file() else gr.skip()
+
+    gallery.select(choose, files, download, queue=False, show_progress="hidden", api_visibility="private")
+
+
+def caption(text: str, image: PIL.Image.Image) -> str:
+    """The line under a picture."""
+    return f"{text}, unfinished" if UNFINISHED in image.info else text
 
 
 def connect_stop(engine: Engine, button: gr.Button, *, public: bool = False):
@@ -337,12 +415,17 @@ def connect_stop(engine: Engine, button: gr.Button, *, public: bool = False):
 __all__ = [
     "Link",
     "Settings",
+    "caption",
     "chat_box",
+    "choose_by",
+    "clear_when_done",
     "connect",
     "connect_stop",
     "example_box",
     "figures",
     "more_pictures",
+    "offer",
+    "png_button",
     "prompt_box",
     "read_value",
     "run_buttons",

@@ -4,7 +4,7 @@
 
 What waits for the model waits in the engine's own fair queue (`turns`); gradio's lets everything through to it and is
 bounded only against floods. Behind a proxy, FORWARDED_ALLOW_IPS (uvicorn's) says whose word about visitors' addresses
-counts.
+counts; README.md beside this file says what to beware of.
 """
 
 import asyncio
@@ -15,15 +15,18 @@ import os
 import shutil
 import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from .downloads import remove_older_than
 from .engine import Engine, SpaceSettings
+from .guard import UploadQuota
 from .zero_gpu import IS_ZERO_GPU
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,9 @@ def start(
 
     settings = engine.settings
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", _NUM_STATISTICS)
-    os.environ.setdefault("GRADIO_TEMP_DIR", _own_folder())
+    own = None if "GRADIO_TEMP_DIR" in os.environ else _own_folder()
+    if own is not None:
+        os.environ["GRADIO_TEMP_DIR"] = own
     app = build_app(engine)
     app.queue(max_size=settings.queue_size + _SPARE, default_concurrency_limit=None)
     loading = threading.Thread(target=engine.load, name="loading", daemon=True)
@@ -67,10 +72,16 @@ def start(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any):
-        cleaning = asyncio.create_task(_clean(settings.delete_after))
+        cleaning = asyncio.create_task(_clean(settings.delete_after, own))
         yield
         cleaning.cancel()
 
+    quota = Middleware(
+        UploadQuota,
+        max_bytes=settings.max_upload_bytes,
+        max_kept_bytes=settings.max_kept_bytes,
+        seconds=2 * settings.delete_after,  # gradio looks for old files as often as they may be old
+    )
     app.launch(
         server_name=host,
         server_port=port,
@@ -82,7 +93,7 @@ def start(
         state_session_capacity=_SESSIONS,
         run_history=False,
         footer_links=["api", "settings"],
-        app_kwargs={"routes": [Route("/health", health)], "lifespan": lifespan},
+        app_kwargs={"routes": [Route("/health", health)], "lifespan": lifespan, "middleware": [quota]},
         quiet=True,
         **LOOK,
         **launch,
@@ -97,11 +108,16 @@ def _own_folder() -> str:
     return folder
 
 
-async def _clean(age: float):
-    """Removes old downloads; gradio does it with its own files (`Blocks(delete_cache=...)`)."""
+async def _clean(age: float, folder: str | None):
+    """Removes old downloads, and what gradio (`Blocks(delete_cache=...)`) forgets of its own `folder`.
+
+    It forgets the files of components that were changed for a session, such as those of download buttons.
+    """
     while True:
         await asyncio.sleep(age / 2)
         await asyncio.to_thread(remove_older_than, age)
+        if folder is not None:
+            await asyncio.to_thread(remove_older_than, 2 * age, Path(folder))
 
 
 def serve(host: str | None = None, port: int | None = None, *, open_browser: bool = False):

@@ -22,12 +22,14 @@ class SpaceSettings:
         dida_adapter (`str`, *optional*): folder of the adapter for `image_decoder="dida"`.
         max_pixels (`int`): of an image to make.
         max_upload_pixels (`int`), max_upload_bytes (`int`): of an image that is shown to the model.
+        max_kept_bytes (`int`): of all uploads that are kept at a time; half of it for one network address.
         max_uploads (`int`): images that are shown to it at once.
         num_inference_steps (`int`), max_steps (`int`): denoising steps of `dida`: where nothing is said, and at most.
         max_new_tokens (`int`): of an answer of text and images.
         max_images (`int`): made by one request.
         max_prompt_length (`int`): characters of all that is said in one request.
         max_seconds (`float`): a request may take on the model; then it ends with what there is.
+        gpu_seconds (`float`): for which a request asks ZeroGPU at most, and for which a visitor must have quota left.
         queue_size (`int`): requests that may wait.
         requests_per_user (`int`): requests of one user that may wait or run.
         patience (`float`): seconds after which a request that nobody reads gives its place back.
@@ -39,8 +41,9 @@ class SpaceSettings:
     load_in: str | None = None
     dida_adapter: str | None = None
     max_pixels: int = 64 * 64
-    max_upload_pixels: int = 40_000_000
+    max_upload_pixels: int = 16_000_000
     max_upload_bytes: int = 20 * 2**20
+    max_kept_bytes: int = 2**30
     max_uploads: int = 3
     num_inference_steps: int = 8
     max_steps: int = 64
@@ -48,6 +51,7 @@ class SpaceSettings:
     max_images: int = 8
     max_prompt_length: int = 2000
     max_seconds: float = 60.0
+    gpu_seconds: float = 120.0
     queue_size: int = 64
     requests_per_user: int = 3
     patience: float = 30.0
@@ -98,6 +102,7 @@ class SpaceSettings:
 #: Limits for the released size, which takes about a million pixels and minutes where the tiny one takes seconds.
 _RELEASED = {
     "max_pixels": 1024 * 1024,
+    "max_upload_pixels": 40_000_000,
     "num_inference_steps": 16,
     "max_new_tokens": 16384,
     "max_prompt_length": 8000,

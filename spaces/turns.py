@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from .errors import UserError
 
 #: Seconds between two looks at the queue while waiting.
-_NAP = 2.0
+NAP = 2.0
 
 
 @dataclass(frozen=True)
 class Visitor:
-    """Who sends a request: a session of a browser, or of a client, and its network address."""
+    """Who sends a request: a session of a browser, or of a client, and its network address.
+
+    A session is one visitor, whatever its address: proxies change those between requests. The address is for shares.
+    """
 
     session: str = ""
     address: str = ""
@@ -39,7 +42,7 @@ class Turn:
         self._seen = time.monotonic()
         self._holds = 1
 
-    def wait(self, seconds: float = _NAP) -> bool:
+    def wait(self, seconds: float = NAP) -> bool:
         """Waits a moment; returns whether it is this one's turn.  Whoever waits must call it again and again.
 
         Raises:
@@ -133,7 +136,7 @@ class TurnQueue:
         """
         with self._changed:
             self._drop_abandoned()
-            own = sum(turn.user == user for turn in self._turns)
+            own = sum(turn.user.session == user.session for turn in self._turns)
             if own >= self.per_user:
                 raise UserError(
                     f"You have {own} requests in the queue, and there is room for {self.per_user} of each visitor. "
@@ -154,7 +157,7 @@ class TurnQueue:
         """Asks for the end of all that the visitor has waiting or running."""
         with self._changed:
             for turn in self._turns:
-                if turn.user == user:
+                if turn.user.session == user.session:
                     turn.stop()
 
     def _is_next(self, turn: Turn) -> bool:
@@ -169,4 +172,4 @@ class TurnQueue:
             self._running = None
 
 
-__all__ = ["Turn", "TurnQueue", "Visitor"]
+__all__ = ["NAP", "Turn", "TurnQueue", "Visitor"]

@@ -7,6 +7,8 @@ from typing import Literal
 import PIL.Image
 from emu35 import Segments
 
+#: In the `info` of a picture whose making was stopped before its end.
+UNFINISHED = "emu35_unfinished"
 Stage = Literal["queued", "prompt", "drawing", "writing", "done", "stopped", "error"]
 
 
@@ -18,7 +20,8 @@ class Update:
         stage (`str`):
             "queued"; "prompt" (reading what was said and shown), "drawing", "writing"; at the end "done", "stopped" or
             "error".
-        fraction (`float`, *optional*): of the work, 0 to 1, where its end is known.
+        fraction (`float`, *optional*):
+            of the work, 0 to 1, where its end is known; in an answer of text and images, of the image that is drawn.
         seconds (`float`): on the model so far, without the making of previews; 0 while queued.
         remaining (`float`, *optional*): seconds to go, estimated.
         passes (`int`): through the decoder, so far.
@@ -48,4 +51,4 @@ class Update:
         return self.stage in ("done", "stopped", "error")
 
 
-__all__ = ["Stage", "Update"]
+__all__ = ["UNFINISHED", "Stage", "Update"]

@@ -5,7 +5,9 @@ before anything is unpacked. What comes out is a fresh picture without the file'
 """
 
 import os
+import threading
 import warnings
+from math import sqrt
 from pathlib import Path
 
 import PIL.Image
@@ -18,6 +20,10 @@ from .settings import SpaceSettings
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 _MAX_RATIO = 20
+#: Requests are checked when they come, by as many threads as there are requests. Only so many unpack at a time.
+_DECODING = threading.BoundedSemaphore(2)
+#: An upload is kept as large as the model may read it, and at least so large, to be looked at.
+_SHOWN_PIXELS = 512 * 512
 
 
 def read_image(path: str | os.PathLike, settings: SpaceSettings) -> PIL.Image.Image:
@@ -49,7 +55,7 @@ def read_image(path: str | os.PathLike, settings: SpaceSettings) -> PIL.Image.Im
 
 
 def check_image(image: PIL.Image.Image, settings: SpaceSettings) -> PIL.Image.Image:
-    """A picture, decoded and copied into a fresh one of mode "RGB".
+    """A picture, decoded and copied into a fresh one of mode "RGB", no larger than what can be used of it.
 
     Raises:
         UserError: if it has too many pixels, or extreme proportions, or cannot be decoded.
@@ -60,13 +66,20 @@ def check_image(image: PIL.Image.Image, settings: SpaceSettings) -> PIL.Image.Im
         raise UserError(_too_large(settings))
     if max(image.size) > _MAX_RATIO * max(1, min(image.size)):
         raise UserError(f"The picture is more than {_MAX_RATIO} times as long as wide. Crop it.")
-    try:
-        decoded = to_rgb(image, "picture", settings.max_upload_pixels)
-    except ValueError as error:
-        raise UserError("This picture is damaged and cannot be decoded. Save it anew, or use another one.") from error
-    clean = PIL.Image.new("RGB", decoded.size)
-    clean.paste(decoded)
-    return clean
+    with _DECODING:
+        try:
+            decoded = to_rgb(image, "picture", settings.max_upload_pixels)
+        except ValueError as error:
+            raise UserError(
+                "This picture is damaged and cannot be decoded. Save it anew, or use another one."
+            ) from error
+        scale = sqrt(max(settings.max_pixels, _SHOWN_PIXELS) / (decoded.width * decoded.height))
+        if scale < 1:
+            size = (max(1, int(decoded.width * scale)), max(1, int(decoded.height * scale)))
+            decoded = decoded.resize(size, PIL.Image.Resampling.LANCZOS, reducing_gap=3.0)
+        clean = PIL.Image.new("RGB", decoded.size)
+        clean.paste(decoded)
+        return clean
 
 
 def _too_large(settings: SpaceSettings) -> str:

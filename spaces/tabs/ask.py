@@ -8,6 +8,7 @@ from ..examples import Examples
 from ..parts import (
     Link,
     chat_box,
+    clear_when_done,
     connect,
     connect_stop,
     example_box,
@@ -65,7 +66,7 @@ def build(engine: Engine, examples: Examples) -> Link:
         api_name="ask",
         link=link,
     )
-    event.success(lambda: [None] * 4, None, [question, image, image_2, image_3], queue=False, api_visibility="private")
+    clear_when_done(event, status, [question, image, image_2, image_3])
     forget.click(start_anew, None, [chat, conversation], queue=False, api_name="forget", show_progress="hidden")
     chat.clear(start_anew, None, [chat, conversation], queue=False, api_visibility="private")
     connect_stop(engine, stop)

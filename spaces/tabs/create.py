@@ -7,9 +7,13 @@ from ..engine import Engine
 from ..examples import Examples
 from ..parts import (
     Link,
+    caption,
+    choose_by,
     connect,
     connect_stop,
     example_box,
+    offer,
+    png_button,
     prompt_box,
     run_buttons,
     settings_box,
@@ -25,7 +29,7 @@ def build(engine: Engine, examples: Examples) -> Link:
         with gr.Column(scale=5, min_width=300):
             prompt = prompt_box(engine, "Prompt", "What the picture shows")
             run, stop = run_buttons("Create")
-            example_box(examples.note, [[text] for text in examples.create], prompt)
+            example_box(examples.note, [[text] for text in examples.create], [prompt], examples.create)
             with gr.Accordion("Settings", open=False):
                 ratios = engine.aspect_ratios
                 aspect_ratio = gr.Radio(ratios, value=ratios[0], label="Aspect ratio", interactive=len(ratios) > 1)
@@ -43,7 +47,7 @@ def build(engine: Engine, examples: Examples) -> Link:
                 elem_classes="pixels stage",
             )
             status = status_line()
-            download = gr.DownloadButton("Download PNG", visible=False, size="md")
+            download = png_button()
 
     files = gr.State([])
 
@@ -69,21 +73,16 @@ def build(engine: Engine, examples: Examples) -> Link:
             num_inference_steps=num_inference_steps,
             user=user,
         )
+        made_with = engine.made_with("t2i", guidance_scale, image_decoder, num_inference_steps)
         for update in updates:
-            pictures, download = [shown_file(image) for image in update.images], gr.DownloadButton(visible=False)
-            if update.is_last and update.images:
-                made_with = {"guidance_scale": guidance_scale, "image_decoder": image_decoder}
-                pictures = [
+            pictures, files = [shown_file(image) for image in update.images], []
+            if update.is_last:
+                files = pictures = [
                     str(save_png(image, user, prompt=prompt, seed=update.seed + number, **made_with))
                     for number, image in enumerate(update.images)
                 ]
-                download = gr.DownloadButton(value=pictures[0], visible=True)
-            captioned = [(picture, f"seed {update.seed + number}") for number, picture in enumerate(pictures)]
-            yield captioned, download, pictures if update.is_last else [], update
-
-    def choose(chosen: gr.SelectData, files: list[str]):
-        """The picture that the button gives: by its place, as a browser's word about files is not to be trusted."""
-        return gr.DownloadButton(value=files[chosen.index]) if chosen.index < len(files) else gr.skip()
+            captions = [caption(f"seed {update.seed + number}", image) for number, image in enumerate(update.images)]
+            yield list(zip(pictures, captions, strict=True)), offer(files[0] if files else None), files, update
 
     controls = {"prompt": prompt, "ratio": aspect_ratio, "n": num_images, **settings.names()}
     link = Link("create", controls)
@@ -96,6 +95,6 @@ def build(engine: Engine, examples: Examples) -> Link:
         api_name="create",
         link=link,
     )
-    gallery.select(choose, files, download, queue=False, show_progress="hidden", api_visibility="private")
+    choose_by(gallery, files, download)
     connect_stop(engine, stop, public=True)
     return link

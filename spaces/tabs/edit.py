@@ -11,6 +11,8 @@ from ..parts import (
     connect_stop,
     example_box,
     more_pictures,
+    offer,
+    png_button,
     prompt_box,
     run_buttons,
     settings_box,
@@ -44,7 +46,7 @@ def build(engine: Engine, examples: Examples) -> Link:
                 elem_classes="pixels stage",
             )
             status = status_line()
-            download = gr.DownloadButton("Download PNG", visible=False, size="md")
+            download = png_button()
 
     def edit(
         request: gr.Request,
@@ -69,6 +71,7 @@ def build(engine: Engine, examples: Examples) -> Link:
             num_inference_steps=num_inference_steps,
             user=user,
         )
+        made_with = engine.made_with("x2i", guidance_scale, image_decoder, num_inference_steps)
         before = None
         for update in updates:
             after = update.images[0] if update.images else None
@@ -76,13 +79,12 @@ def build(engine: Engine, examples: Examples) -> Link:
             if after is not None:
                 before = before or images[0].resize(after.size)
                 pair = shown_file(before), shown_file(after)
-            download = gr.DownloadButton(visible=False)
+            file = None
             if update.is_last and after is not None:
-                file = save_png(after, user, prompt=prompt, seed=update.seed, image_decoder=image_decoder)
-                download = gr.DownloadButton(value=file, visible=True)
-            yield pair, download, update
+                file = save_png(after, user, prompt=prompt, seed=update.seed, **made_with)
+            yield pair, offer(file), update
 
-    link = Link("edit", {"prompt": prompt})
+    link = Link("edit", {"prompt": prompt, **settings.names()})
     connect(
         [run.click, prompt.submit],
         edit,

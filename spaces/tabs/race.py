@@ -1,10 +1,12 @@
 """Race: the same picture by every image decoder, one after the other."""
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..engine import Engine
+from ..downloads import save_png
+from ..engine import Engine, Visitor
 from ..examples import Examples
 from ..parts import (
     DECODER_NAMES,
@@ -12,6 +14,8 @@ from ..parts import (
     connect,
     connect_stop,
     example_box,
+    offer,
+    png_button,
     prompt_box,
     run_buttons,
     seed_box,
@@ -45,20 +49,16 @@ def build(engine: Engine, examples: Examples) -> Link:
     """Lays the tab out and connects it."""
     prompt = prompt_box(engine, "Prompt", "What every decoder draws")
     run, stop = run_buttons("Race")
-    example_box(examples.note, [[text] for text in examples.race], prompt)
+    example_box(examples.note, [[text] for text in examples.race], [prompt], examples.race)
     with gr.Row(elem_classes="lanes"):
-        views = [
-            gr.Image(
-                label=name,
-                type="filepath",
-                format="png",
-                interactive=False,
-                buttons=[],
-                min_width=90,
-                elem_classes="pixels",
-            )
-            for name in engine.decoders
-        ]
+        views, downloads = [], []
+        for name in engine.decoders:
+            with gr.Column(min_width=90):
+                view = gr.Image(
+                    label=name, type="filepath", format="png", interactive=False, buttons=[], elem_classes="pixels"
+                )
+                views.append(view)
+                downloads.append(png_button())
     status = status_line()
     waiting = compare(dict.fromkeys(engine.decoders, Update()))
     results = gr.HTML(waiting, html_template=_BARS, label="Results", apply_default_css=False)
@@ -68,13 +68,30 @@ def build(engine: Engine, examples: Examples) -> Link:
 
     def race(request: gr.Request, prompt: str, seed: float | None = None):
         """The same picture by every decoder, each with the model to itself."""
-        for lanes in engine.race(prompt, seed=seed, user=user_of(request)):
+        user = user_of(request)
+        for lanes in engine.race(prompt, seed=seed, user=user):
             pictures = [shown_file(lane.images[0]) if lane.images else None for lane in lanes.values()]
-            yield *pictures, compare(lanes), overall(lanes)
+            files = [None] * len(lanes)
+            if all(lane.is_last for lane in lanes.values()):
+                files = [save(name, lane, prompt, user) for name, lane in lanes.items()]
+            made = [offer(file, name) for file, name in zip(files, lanes, strict=True)]
+            yield *pictures, *made, compare(lanes), overall(lanes)
+
+    def save(name: str, lane: Update, prompt: str, user: Visitor) -> Path | None:
+        if not lane.images:
+            return None
+        made_with = engine.made_with("t2i", image_decoder=name)
+        return save_png(lane.images[0], user, prompt=prompt, seed=lane.seed, kind=name, **made_with)
 
     link = Link("race", {"prompt": prompt, "seed": seed})
     connect(
-        [run.click, prompt.submit], race, [prompt, seed], [*views, results, status], stop, api_name="race", link=link
+        [run.click, prompt.submit],
+        race,
+        [prompt, seed],
+        [*views, *downloads, results, status],
+        stop,
+        api_name="race",
+        link=link,
     )
     connect_stop(engine, stop)
     return link

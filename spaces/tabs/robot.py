@@ -3,11 +3,27 @@
 from collections.abc import Sequence
 
 import gradio as gr
+import PIL.Image
 from emu35.segments_emu35 import Segment
 
+from ..downloads import save_png
 from ..engine import Engine
 from ..examples import Examples
-from ..parts import Link, connect, connect_stop, example_box, prompt_box, run_buttons, status_line, upload, user_of
+from ..parts import (
+    Link,
+    caption,
+    choose_by,
+    connect,
+    connect_stop,
+    example_box,
+    offer,
+    png_button,
+    prompt_box,
+    run_buttons,
+    status_line,
+    upload,
+    user_of,
+)
 from ..shown import shown_file
 from ..uploads import read_image
 
@@ -32,32 +48,46 @@ def build(engine: Engine, examples: Examples) -> Link:
                 elem_classes="pixels stage strip",
             )
             status = status_line()
+            download = png_button()
             with gr.Accordion("The model's plan, as a thought", open=False):
                 thought = gr.Textbox(label="Thought", lines=2, interactive=False)
 
     def robot(request: gr.Request, prompt: str, image: str | None = None):
         """Sub-tasks towards a goal, each with a picture of what it leads to."""
         images = [read_image(image, engine.settings)] if image else []
-        for update in engine.tell(prompt, images, task="vla", user=user_of(request)):
+        user, made_with = user_of(request), engine.made_with("vla")
+        for update in engine.tell(prompt, images, task="vla", user=user):
             frames, thought = read_plan(update.segments)
-            yield [*((shown_file(first), "first picture") for first in images), *frames], thought, update
+            shown = [(shown_file(frame), caption(said, frame)) for frame, said in frames]
+            files = []
+            if update.is_last and frames:
+                # The sub-task stands in the file as its prompt; the seed is that of the whole plan.
+                made = [
+                    save_png(frame, user, prompt=said, seed=update.seed, goal=prompt, **made_with)
+                    for frame, said in frames
+                ]
+                files = [*(None for _ in images), *map(str, made)]
+            first = [(shown_file(image), "first picture") for image in images]
+            yield [*first, *shown], thought, offer(files[-1] if files else None), files, update
 
+    files = gr.State([], time_to_live=engine.settings.delete_after)
     link = Link("robot", {"prompt": prompt})
     connect(
         [run.click, prompt.submit],
         robot,
         [prompt, image],
-        [strip, thought, status],
+        [strip, thought, download, files, status],
         stop,
         api_name="robot",
         link=link,
     )
+    choose_by(strip, files, download)
     connect_stop(engine, stop)
     return link
 
 
-def read_plan(segments: Sequence[Segment]) -> tuple[list[tuple[str, str]], str]:
-    """Files of key frames with their sub-tasks, and the thought."""
+def read_plan(segments: Sequence[Segment]) -> tuple[list[tuple[PIL.Image.Image, str]], str]:
+    """Key frames with their sub-tasks, and the thought."""
     frames, words, thoughts = [], "", []
     for segment in segments:
         if segment.kind == "text":
@@ -65,6 +95,6 @@ def read_plan(segments: Sequence[Segment]) -> tuple[list[tuple[str, str]], str]:
         elif segment.kind != "image":
             thoughts.append(segment.text.strip())
         elif segment.image is not None:
-            frames.append((shown_file(segment.image), words.strip()))
+            frames.append((segment.image, words.strip()))
             words = ""
     return frames, "\n".join(thoughts)
