@@ -135,14 +135,15 @@ class Emu35GRPOTrainer(GRPOTrainer):
     def _answer(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         """TRL's `rollout_func`. It passes prompts alone; the rows have the tasks, too."""
         first = self.accelerator.process_index * len(prompts)
-        answers = draw_answers(
-            self.base_model,
-            self.processor,
-            [row["prompt"] for row in self._rows],
-            [row["task"] for row in self._rows],
-            [answer_seed(self.recipe.seed, self.state.global_step, first + i) for i in range(len(prompts))],
-            self.recipe.rollout,
-        )
+        with self.accelerator.autocast():  # as log-probabilities are computed
+            answers = draw_answers(
+                self.base_model,
+                self.processor,
+                [row["prompt"] for row in self._rows],
+                [row["task"] for row in self._rows],
+                [answer_seed(self.recipe.seed, self.state.global_step, first + i) for i in range(len(prompts))],
+                self.recipe.rollout,
+            )
         kinds = [torch.tensor(answer.kinds) for answer in answers]
         self._token_kinds = pad_sequence(kinds, batch_first=True).to(self.accelerator.device)
         return {

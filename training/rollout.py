@@ -179,7 +179,8 @@ def _draw(model, processor, prompts: list, task: str, seeds: list[int], config) 
     number = {key: index for index, key in enumerate(unique)}
     rows = torch.tensor([number[id(prompt)] for prompt in prompts])
     inputs = processor.apply_chat_template([as_messages(prompt) for prompt in unique.values()], task=task)
-    inputs = model.resolve_image_tokens(**inputs.to(model.device))
+    with torch.autocast(model.device.type, enabled=False):  # in bfloat16, a neighbour would often be the nearest code
+        inputs = model.resolve_image_tokens(**inputs.to(model.device))
     input_ids, mask = (inputs[name][rows.to(model.device)] for name in ("input_ids", "attention_mask"))
     output = model.generate(
         input_ids=input_ids,

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
+from emu35.training import grpo, rollout
 from emu35.training.checkpointing import read_log
 from emu35.training.grpo import Emu35GRPOTrainer, last_checkpoint, load_policy, train_grpo
 from emu35.training.grpo_prompts import interleave, load_prompts, world_prompts
@@ -144,6 +145,22 @@ def test_a_run_leaves_a_card_with_curves_and_pages_on_tensorboard(finished):
         assert [event.step for event in events.Images("samples")] == [0, 2]
         rewards = [event.value for event in events.Scalars("train/reward/x2i")]
         assert rewards == pytest.approx([record["reward/x2i"] for record in log])
+
+
+def test_answers_are_drawn_in_the_arithmetic_of_their_log_probabilities(make_recipe, tmp_path, monkeypatch):
+    seen = []
+    for module, name in ((grpo, "draw_answers"), (rollout, "score_answers")):
+        original = getattr(module, name)
+
+        def spy(*args, original=original, name=name, **options):
+            seen.append((name, torch.is_autocast_enabled("cpu")))
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    for bf16 in (True, False):
+        seen.clear()
+        run(make_recipe(bf16=bf16, steps=1, prompts={"world": {"t2i": 1}}), tmp_path / str(bf16))
+        assert set(seen) == {("draw_answers", bf16), ("score_answers", bf16)}
 
 
 def test_stories_and_pictures_in_one_batch(make_recipe, tmp_path):
