@@ -1,5 +1,6 @@
 """Fine-tuning recipes: what is refused, and the memory that is worked out."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_shipped_recipes_are_planned_and_fit(name):
     text = plan(recipe)
     assert f"fits into {recipe.hardware.gpu_memory} GiB" in text
     assert ("34.1 B weights" in text) == name.endswith("34b")
+
+
+def test_the_tiny_qlora_is_the_tiny_lora_in_4_bits():
+    lora, qlora = (load_recipe(RECIPES / f"tiny-{name}.yaml") for name in ("lora", "qlora"))
+    assert qlora.lora == dataclasses.replace(lora.lora, quantization="nf4")
+    assert qlora == dataclasses.replace(lora, lora=qlora.lora, output_dir=qlora.output_dir)
+
+
+@pytest.mark.parametrize("name", ["tiny-sft", "tiny-lora", "tiny-qlora"])
+def test_the_tiny_ones_can_be_shared_by_two_processes(name):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.accumulation(1) == 2 * recipe.accumulation(2)
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)

@@ -10,6 +10,7 @@
 | [`Preservation`] | 0..1 | what an edit may not change | a mask; for features a CLIP model |
 | [`NarrativeConsistency`] | 0..1 | one world in all images of a story | a CLIP model |
 | [`VLMConsistency`] | 0..1 | a model's yes to "one story?" for neighbouring images | as `VLMAlignment` |
+| [`AnswerF1`] | 0..1 | words of an answer against a right one | right answers |
 | [`WorldReward`] | 0..1 | the exact checkers of `shapes` | nothing |
 
 ```python
@@ -22,6 +23,7 @@ Write your own as a function with `name` and `range`, or as a [`SampleReward`]: 
 """
 
 from .alignment import VLMAlignment, VLMConsistency, YesNoJudge
+from .answers import AnswerF1
 from .base import Reward, Sample, SampleReward
 from .clip import AestheticScore, ClipEncoder, ClipSimilarity, NarrativeConsistency
 from .faces import Face, FaceIdentity, OpenCVFaces
@@ -33,6 +35,7 @@ from .world import PARTIAL_CREDIT, WorldReward, check_answer
 __all__ = [
     "PARTIAL_CREDIT",
     "AestheticScore",
+    "AnswerF1",
     "ClipEncoder",
     "ClipSimilarity",
     "Component",
