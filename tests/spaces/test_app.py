@@ -7,6 +7,7 @@ from pathlib import Path
 import emu35
 import pytest
 import torch
+import yaml
 from emu35 import GlobalThought, Image, ImageThought, Segments, Text, cli
 
 gr = pytest.importorskip("gradio", reason="needs gradio: pip install 'emu35[demo]'")
@@ -49,6 +50,7 @@ def test_clients_get_these_endpoints(app):
         "/edit": ["prompt", "image", "image_2", "image_3", "seed", "guidance_scale", *decoding],
         "/ask": ["question", "image", "image_2", "image_3"],
         "/forget": [],
+        "/forget_story": [],
         "/tell": ["prompt", "task", "seed", *decoding, "image"],
         "/explore": ["prompt", "image"],
         "/move": ["direction"],
@@ -87,7 +89,16 @@ def test_a_link_is_read_by_its_own_tab_only():
     link = Link("race", {"prompt": gr.Textbox(max_length=100)})
     assert link.read({"tab": "race", "prompt": "a ring"}) == ["a ring"]
     assert link.read({"tab": "create", "prompt": "a ring"}) == [gr.skip()]
-    assert '"race", ["prompt"]' in link.js()
+    others = [gr.Image(), gr.Slider()]
+    assert 'emu35Share("race", ["prompt"], [1].map(' in link.js([others[0], link.controls["prompt"], others[1]])
+    with pytest.raises(ValueError):
+        link.js(others)
+
+
+@pytest.mark.parametrize("tab", ["create", "edit", "tell"])
+def test_a_link_carries_the_settings(app, tab):
+    (listener,) = (one for one in app.fns.values() if one.api_name == tab)
+    assert {"prompt", "seed", "decoder", "steps"} <= set(re.findall(r'"(\w+)"', listener.js.split("]")[0]))
 
 
 def test_uploads_reach_listeners_unopened(tmp_path):
@@ -167,9 +178,15 @@ def test_the_space_asks_for_what_the_package_needs():
     extras = config["options.extras_require"]
     wanted = [config["options"]["install_requires"], extras["demo"], extras["video"]]
     wanted = {line for lines in wanted for line in lines.split() if not line.startswith("emu35")}
-    assert set((ROOT / "spaces" / "requirements.txt").read_text().split()) == wanted
-    front = (ROOT / "spaces" / "README.md").read_text().split("---")[1]
-    assert re.search(r"^sdk: gradio$", front, re.M) and re.search(r"^app_file: app.py$", front, re.M)
+    asked = set((ROOT / "spaces" / "requirements.txt").read_text().split())
+    # The guards in front of gradio were tested with this version only; the Hub installs the one of the front matter.
+    version = re.search(r"^gradio==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    assert {line for line in asked if not line.startswith("gradio>")} == {
+        line for line in wanted if not line.startswith("gradio>")
+    }
+    assert f"gradio>={version.rpartition('.')[0]}" in asked
+    front = yaml.safe_load((ROOT / "spaces" / "README.md").read_text().split("---")[1])
+    assert (front["sdk"], front["app_file"], front["sdk_version"]) == ("gradio", "app.py", version)
 
 
 def test_demo_gives_its_options_to_the_space(monkeypatch):

@@ -10,6 +10,7 @@ from emu35 import Image, Segments, Text
 from emu35.spaces import downloads
 from emu35.spaces.downloads import remove_downloads, remove_older_than, save_png, save_story
 from emu35.spaces.turns import Visitor
+from emu35.spaces.updates import UNFINISHED
 
 VISITOR = Visitor("session", "1.1.1.1")
 PICTURE = PIL.Image.new("RGB", (48, 48), (1, 2, 3))
@@ -30,6 +31,15 @@ def test_a_png_says_how_it_was_made():
         }  # fmt: skip
         assert image.convert("RGB").tobytes() == PICTURE.tobytes()
     assert path.name == "a-red-cross-on-a-b-black-b-background-7.png"
+
+
+def test_an_unfinished_picture_says_so():
+    image = PICTURE.copy()
+    image.info[UNFINISHED] = True
+    path = save_png(image, VISITOR, prompt="a cross", seed=7, kind="dida")
+    with PIL.Image.open(path) as image:
+        assert image.text["unfinished"] == "stopped before its end"
+    assert path.name == "a-cross-7-dida-unfinished.png"
 
 
 @pytest.mark.parametrize("prompt", ["../../etc/passwd", "", "\N{SNOWMAN}", "x" * 5000, "con\0", "..\\..\\x"])

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 from emu35.spaces import engine as engine_module
 from emu35.spaces.engine import Engine, SpaceSettings, Update, UserError, Visitor
+from emu35.spaces.updates import UNFINISHED
 
 PROMPT = "a small red circle above a large blue square"
 RELEASED = Path(__file__).parents[1] / "fixtures" / "release_lm" / "lm_tiny"
@@ -158,6 +159,26 @@ def test_a_story_forms_before_the_eyes(engine, decoder, monkeypatch):
     assert lengths == sorted(lengths)
 
 
+@pytest.mark.parametrize("decoder", ["ar", "dida"])
+def test_each_picture_of_an_answer_says_how_far_it_is(engine, decoder, monkeypatch):
+    monkeypatch.setattr("emu35.spaces.background._RATE", 0.0)
+    updates = list(engine.tell(STORY, image_decoder=decoder, seed=0))
+    assert all(update.fraction is None for update in updates if update.stage in ("prompt", "writing"))
+    for number in (1, 2):
+        drawing = [update for update in updates if update.message == f"Drawing picture {number}."]
+        fractions = [update.fraction for update in drawing]
+        assert fractions == sorted(fractions) and fractions[0] < 0.5 and len(set(fractions)) > 2
+        estimates = [update.remaining for update in drawing if update.remaining is not None]
+        assert estimates and max(estimates) < 60  # of this picture: no estimate of the whole would end with each
+
+
+def test_a_story_is_talked_about(engine):
+    first = last(engine.tell(STORY, seed=0))
+    said = [question(STORY), {"role": "assistant", "content": first.segments}]
+    answer = last(engine.tell([*said, question("what color is the circle?")], task="chat", seed=0))
+    assert (answer.stage, answer.text) == ("done", "red")
+
+
 def test_text_never_becomes_a_control_token(engine, monkeypatch):
     seen = {}
     model = engine.load().model
@@ -242,7 +263,42 @@ def test_stop_ends_it_and_keeps_what_there_is(engine, monkeypatch):
     assert updates[-1].stage == "stopped"
     assert updates[-1].passes < 36
     assert [image.size for image in updates[-1].images] == [(48, 48)] * 2
+    assert all(UNFINISHED in image.info for image in updates[-1].images)
+    assert updates[-1].message == "Stopped. What is shown is unfinished."
     wait_until(lambda: not engine.is_busy)
+
+
+def test_what_was_done_before_a_stop_is_finished(engine, monkeypatch):
+    """Where pictures are made one after the other."""
+    monkeypatch.setattr("emu35.spaces.background._RATE", 0.0)
+    monkeypatch.setattr(Engine, "is_tiny", False)
+    visitor, updates = Visitor("a"), []
+    for update in engine.create(PROMPT, num_images=2, seed=0, user=visitor):
+        updates.append(update)
+        if (update.fraction or 0) > 0.6:
+            engine.stop(visitor)
+    assert updates[-1].stage == "stopped"
+    assert [UNFINISHED in image.info for image in updates[-1].images] == [False, True]
+
+
+def test_a_stopped_story_says_which_picture_is_unfinished(engine, monkeypatch):
+    monkeypatch.setattr("emu35.spaces.background._RATE", 0.0)
+    visitor, updates = Visitor("a"), []
+    for update in engine.tell(STORY, seed=0, user=visitor):
+        updates.append(update)
+        if update.message == "Drawing picture 2." and (update.fraction or 0) > 0.4:
+            engine.stop(visitor)
+    assert updates[-1].stage == "stopped" and "The last picture is unfinished." in updates[-1].message
+    pictures = [one for one in updates[-1].segments if one.kind == "image"]
+    assert [UNFINISHED in one.image.info for one in pictures] == [False, True]
+
+
+def test_how_a_picture_is_made_is_told_without_paths(engine):
+    assert engine.made_with("x2i", None, "dida", 4.0) == {
+        "model": "emu35-tiny", "task": "x2i", "guidance_scale": engine.guidance_scale("x2i"), "image_decoder": "dida",
+        "num_inference_steps": 4,
+    }  # fmt: skip
+    assert engine.made_with("t2i", 2.5)["num_inference_steps"] is None
 
 
 def test_closing_the_iterator_frees_the_model(engine):
@@ -337,6 +393,19 @@ def test_who_waits_is_told_and_can_stop(quick):
     assert last(holding).stage == "done"
 
 
+def test_who_waits_is_told_so_at_once(quick, monkeypatch):
+    monkeypatch.setattr(engine_module, "NAP", 30)
+    gate = threading.Event()
+    holding = serve(quick, busy_until(gate), "holder")
+    next(holding)
+    waiting, began = serve(quick, busy_until(gate), "b"), time.monotonic()
+    assert next(waiting).stage == "queued"
+    assert time.monotonic() - began < 1
+    waiting.close()
+    gate.set()
+    assert last(holding).stage == "done"
+
+
 def test_time_limit(quick):
     quick.settings = SpaceSettings.for_model(max_seconds=0.1)
     update = last(serve(quick, busy_until(threading.Event())))
@@ -373,6 +442,13 @@ def test_a_model_that_cannot_be_loaded(caplog):
     assert update.stage == "error"
     assert "/no" not in update.message
     wait_until(lambda: not broken.is_busy)
+
+
+def test_zero_gpu_ends_a_request_before_it_would_be_killed(quick):
+    assert SpaceSettings.for_model("emu35-image").max_seconds > SpaceSettings().gpu_seconds  # minutes against two
+    quick.settings = SpaceSettings.for_model(max_seconds=60, gpu_seconds=0.2)
+    update = last(quick._stream_there(busy_until(threading.Event()), {}, 0))
+    assert update.message == "Stopped: the time limit of 0.18 seconds."
 
 
 def test_zero_gpu_streams_from_elsewhere(quick, monkeypatch):

@@ -1,11 +1,13 @@
 """The load test: its figures, and a small one."""
 
+import json
 import math
 
 import pytest
 
 pytest.importorskip("gradio_client")
 
+from emu35.spaces import load_test
 from emu35.spaces.load_test import Sent, Server, run_load_test, summarise
 
 
@@ -28,6 +30,22 @@ def test_figures():
 def test_figures_of_nothing():
     assert summarise([])["requests"] == 0
     assert summarise([Sent(0, 0.0, problem="x")])["lost"] == 1
+
+
+@pytest.mark.parametrize(("lost", "code"), [(0, 0), (1, 1)])
+def test_the_command_fails_where_requests_are_lost(monkeypatch, tmp_path, lost, code):
+    class Server:
+        def __init__(self, **environment):
+            assert environment == {"EMU35_QUEUE_SIZE": "6"}
+
+        def close(self):
+            pass
+
+    found = {"lost": lost, "requests_sent": []}
+    monkeypatch.setattr(load_test, "Server", Server)
+    monkeypatch.setattr(load_test, "run_load_test", lambda server, users, requests, image_decoder: found)
+    assert load_test.main(["--users", "2", "--output", str(tmp_path / "load.json")]) == code
+    assert json.loads((tmp_path / "load.json").read_text())["lost"] == lost
 
 
 @pytest.mark.slow

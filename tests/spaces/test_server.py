@@ -2,17 +2,23 @@
 
 import io
 import os
+import re
+import shutil
 import time
+from pathlib import Path
 
 import httpx
 import PIL.Image
 import pytest
 from emu35.spaces.engine import Engine, SpaceSettings
+from emu35.spaces.examples import PICTURES, TINY
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
 
 PROMPT = "a small red circle above a large blue square"
+README = Path(__file__).parents[2] / "spaces" / "README.md"
+STORY = "a small red circle travels on a black background. tell the story in two pictures."
 LONG = {"num_images": 8, "image_decoder": "ar"}
 
 
@@ -49,6 +55,16 @@ def file_of(download):
     """The path behind a download button, which comes with the change of its visibility."""
     value = download["value"] if isinstance(download, dict) and "value" in download else download
     return value["path"] if isinstance(value, dict) else value
+
+
+def server_of(client):
+    return client.src
+
+
+def said(chat):
+    """What the messages of a conversation say."""
+    contents = [message["content"] for message in chat]
+    return [part["text"] for content in contents for part in content if part.get("type") == "text"]
 
 
 def health(server):
@@ -109,6 +125,64 @@ def test_a_client_gets_a_picture_that_says_how_it_was_made(server, client):
     with PIL.Image.open(file_of(download)) as image:
         assert image.size == (48, 48)
         assert (image.text["prompt"], image.text["seed"]) == (PROMPT, "3")
+
+
+def test_the_client_of_the_readme(server, monkeypatch, capsys):
+    (example,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert example.count('Client("OWNER/emu35")') == 1
+    scope = {}
+    exec(example.replace('"OWNER/emu35"', repr(server)), scope)
+    assert scope["status"]["stage"] == "done"
+    assert capsys.readouterr().out.startswith("Loaded as API") and scope["pictures"][0]["image"].endswith(".png")
+    with PIL.Image.open(file_of(scope["png"])) as image:
+        assert image.text["seed"] == "7"
+    scope["client"].close()
+
+
+def test_addresses_are_refused(client):
+    for address in ("https://example.com/cat.png", server_of(client) + "gradio_api/info"):
+        stranger = {"path": address, "meta": {"_type": "gradio.FileData"}}
+        with pytest.raises(gradio_client.exceptions.AppError, match="not as an address"):
+            client.predict("make it green.", image=stranger, api_name="/edit")
+
+
+def test_pictures_say_how_they_were_made(client):
+    blocks = gradio_client.handle_file(str(PICTURES / "blocks.png"))
+    *_, download, status = client.predict("put the red block on the blue block.", blocks, api_name="/robot")
+    with PIL.Image.open(file_of(download)) as image:
+        assert image.text["goal"] == "put the red block on the blue block." and image.text["prompt"]
+        assert (image.text["model"], image.text["seed"]) == ("emu35-tiny", str(status["seed"]))
+    place = gradio_client.handle_file(str(PICTURES / "place.png"))
+    *_, download, status = client.predict("start in the center.", place, api_name="/explore")
+    assert status["message"] == "Choose a move." and "value" not in download  # nothing was made yet
+    *_, download, status = client.predict("south", api_name="/move")
+    with PIL.Image.open(file_of(download)) as image:
+        assert image.text["prompt"] == "start in the center. go south." and image.text["task"] == "explore"
+    _, _, _, *downloads, _, status = client.predict(PROMPT, seed=3, api_name="/race")
+    with PIL.Image.open(file_of(downloads[2])) as image:
+        made = [image.text[name] for name in ("prompt", "seed", "image_decoder", "num_inference_steps")]
+        assert made == [PROMPT, "3", "dida", "8"]
+
+
+def test_a_walk_outlives_its_files(client):
+    """Gradio removes what was shown when it is old; a page may stay open longer."""
+    opening = TINY.explore[0][0]
+    client.predict(opening, None, api_name="/explore")
+    for folder in Path(os.environ["GRADIO_TEMP_DIR"]).iterdir():
+        shutil.rmtree(folder)
+    _, trail, *_, status = client.predict("south", api_name="/move")
+    assert status["stage"] == "done" and len(trail) == 2
+
+
+def test_a_story_goes_on(client):
+    *_, status = client.predict(STORY, seed=0, api_name="/tell")
+    assert status["stage"] == "done"
+    chat, page, *_ = client.predict("what color is the circle?", api_name="/tell")
+    assert said(chat)[-1] == "red" and STORY in said(chat)
+    assert Path(file_of(page)).read_text(encoding="utf-8").count("<img") == 2  # the whole of it
+    client.predict(api_name="/forget_story")
+    chat, *_ = client.predict("what color is the circle?", api_name="/tell")
+    assert STORY not in said(chat)
 
 
 def test_a_client_is_told_what_is_wrong(client, tmp_path):

@@ -40,7 +40,7 @@ def test_newcomers_do_not_starve_those_who_wait():
     patient = [queue.join(Visitor("a", "1.1.1.1")) for _ in range(3)]
     waiting = list(patient)
     for number in range(20):  # a new address before every turn
-        waiting.append(queue.join(Visitor("n", f"9.9.9.{number}")))
+        waiting.append(queue.join(Visitor(f"n{number}", f"9.9.9.{number}")))
         served = next(turn for turn in waiting if turn.wait(0))
         served.release()
         waiting.remove(served)
@@ -72,10 +72,22 @@ def test_shares_are_bounded():
     with pytest.raises(UserError, match="Try again in a minute"):  # half of the queue is theirs
         queue.join(Visitor("d", "1.1.1.1"))
     for number in range(4):
-        queue.join(Visitor("e", str(number)))
+        queue.join(Visitor(f"e{number}", str(number)))
     with pytest.raises(UserError, match="8 requests are waiting"):
         queue.join(Visitor("f", "f"))
     assert len(queue) == 8
+
+
+def test_a_visitor_is_a_session_whatever_its_address():
+    """A proxy's address may change between two requests of a page."""
+    queue = TurnQueue(size=8, per_user=2, patience=60)
+    mine = [queue.join(Visitor("a", address)) for address in ("1.1.1.1", "2.2.2.2")]
+    with pytest.raises(UserError, match="You have 2 requests"):
+        queue.join(Visitor("a", "3.3.3.3"))
+    other = queue.join(Visitor("b", "1.1.1.1"))
+    queue.stop(Visitor("a", "3.3.3.3"))
+    assert all(turn.stopped.is_set() for turn in mine)
+    assert not other.stopped.is_set()
 
 
 def test_a_place_that_nobody_asks_for_is_dropped():

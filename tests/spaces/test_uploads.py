@@ -2,7 +2,9 @@
 
 import io
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -107,6 +109,34 @@ def test_of_an_animation_the_first_frame(tmp_path):
     image = read_image(path, SETTINGS)
     assert image.getpixel((5, 5)) == (255, 0, 0)
     assert getattr(image, "n_frames", 1) == 1
+
+
+def test_no_more_is_kept_than_can_be_used():
+    wide = check_image(PIL.Image.new("RGB", (1200, 600), "blue"), SETTINGS)
+    assert 0.98 * 512 * 512 < wide.width * wide.height <= 512 * 512 and wide.width == pytest.approx(
+        2 * wide.height, abs=2
+    )
+    assert wide.getpixel((5, 5)) == (0, 0, 255)
+    small = check_image(RED, SETTINGS)
+    assert small.tobytes() == RED.tobytes()
+    larger = SpaceSettings(max_upload_pixels=1_000_000, max_pixels=900_000)
+    assert check_image(PIL.Image.new("RGB", (1200, 600)), larger).size == (1200, 600)
+
+
+def test_few_are_unpacked_at_a_time(monkeypatch):
+    running, most = [], []
+
+    def slow(image, *_):
+        running.append(image)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.remove(image)
+        return image
+
+    monkeypatch.setattr("emu35.spaces.uploads.to_rgb", slow)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda color: check_image(PIL.Image.new("RGB", (4, 4), color), SETTINGS), range(8)))
+    assert max(most) == 2
 
 
 def test_pictures_in_memory_are_checked_too():
