@@ -1,9 +1,11 @@
 """`emu35 prepare`: shards that a stopped run does not make again, and a report of what was left out."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
+import torch
 from emu35.training.data import (
     ExampleWriter,
     PreparedRows,
@@ -37,8 +39,9 @@ def data(tmp_path):
 @pytest.fixture
 def run(data, tmp_path, shared_tiny_model, tiny_processor):
     def call(**options):
+        options = {"data": data, "vision_tokenizer": shared_tiny_model.vision_tokenizer, **options}
         options = {"rows_per_shard": 3, "progress": False, **options}
-        return prepare(data, tmp_path / "out", shared_tiny_model.vision_tokenizer, tiny_processor, **options)
+        return prepare(directory=tmp_path / options.pop("out", "out"), processor=tiny_processor, **options)
 
     return call
 
@@ -72,6 +75,44 @@ def test_a_stopped_run_goes_on_where_it_was(run, tmp_path):
     assert before[::2] == after[::2] and before[1] != after[1]
 
 
+def test_what_changed_since_is_prepared_again(run, data, tmp_path):
+    before = run()
+
+    def written():
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+
+    def changed(earlier):
+        now = written()
+        return sorted(name for name in now if now[name] != earlier.get(name))
+
+    first = written()
+    lines = (data / "metadata.jsonl").read_text()
+    fresh = [{"file_name": f"{index}.png", "text": "one more"} for index in range(3)]
+    (data / "metadata.jsonl").write_text(lines + "".join(json.dumps(row) + "\n" for row in fresh))
+    after = run()  # rows 7 to 9: two in the last shard, which had one, and one in the next
+    assert after["examples"] == before["examples"] + 3
+    assert changed(first) == ["shard-00002.parquet", "shard-00003.parquet"]
+    second = written()
+    Image.new("RGB", (16, 16)).save(data / "3.png")  # a broken one
+    assert run()["examples"] == after["examples"] + 1 and changed(second) == ["shard-00001.parquet"]
+    (data / "metadata.jsonl").write_text("".join(lines.splitlines(keepends=True)[:4]))
+    assert run()["examples"] == 4 and len(written()) == 2
+    assert is_prepared(tmp_path / "out")
+
+
+def test_a_stream_is_prepared_like_a_table(run, data, tmp_path):
+    pictures = [{"image": str(data / f"{index}.png"), "text": f"a fox {index}"} for index in range(7) if index != 3]
+    import datasets
+
+    datasets.Dataset.from_list(pictures).to_parquet(tmp_path / "data.parquet")
+    found = []
+    for streaming in (True, False):
+        found.append(run(data=tmp_path / "data.parquet", out=f"out-{streaming}", streaming=streaming))
+        tables = [PreparedRows(tmp_path / f"out-{streaming}")[index]["input_ids"].tolist() for index in range(6)]
+        found[-1]["tables"] = tables
+    assert found[0] == found[1]
+
+
 def test_processes_share_the_shards(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -83,10 +124,17 @@ def test_processes_share_the_shards(run, tmp_path, monkeypatch):
     assert run()["examples"] == 5 and is_prepared(tmp_path / "out")
 
 
-def test_other_settings_need_another_folder(run, tmp_path, tiny_processor):
+def test_other_settings_need_another_folder(run, tmp_path, tiny_processor, shared_tiny_model):
     run()
     with pytest.raises(ValueError, match="prepared with other settings: max_length was 512, now 100"):
         run(max_length=100)
+    other = copy.deepcopy(shared_tiny_model.vision_tokenizer)
+    PreparedRows(tmp_path / "out", tiny_processor, other.to(torch.bfloat16))  # the same, however it was loaded
+    torch.nn.init.normal_(other.quantize.embedding.weight)
+    with pytest.raises(ValueError, match="another vision tokenizer, whose codes mean other images"):
+        PreparedRows(tmp_path / "out", tiny_processor, other)
+    with pytest.raises(ValueError, match="prepared with other settings: codebook was"):
+        run(vision_tokenizer=other.float())
     settings = tmp_path / "out" / "prepared.json"
     summary = json.loads(settings.read_text())
     summary["settings"]["num_visual_tokens"] = 7

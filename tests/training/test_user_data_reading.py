@@ -65,6 +65,51 @@ def test_metadata_names_columns_as_datasets_does(folder):
         to_messages(rows[3])
 
 
+def test_lines_and_cells_end_where_their_formats_say(folder):
+    text = "a red\u2028fox, \x85 here"
+    path = folder / "rows.jsonl"
+    path.write_bytes(json.dumps({"text": text, "image": "a.png"}, ensure_ascii=False).encode() + b"\r\n{}\r\n")
+    rows = read_rows(path)
+    assert len(rows) == 2 and rows[0]["text"] == text
+    table = folder / "rows.csv"
+    table.write_text('text,image\r\n"a red fox,\nand a hen",a.png\r\na blue, big square,b.png\r\nowl,\r\nowl\r\n')
+    rows = read_rows(table)
+    assert rows[0] == {"text": "a red fox,\nand a hen", "image": str(folder / "a.png")}
+    for row, reason in zip(rows[1:], ("line 4 has more cells than the header", "no answer", "no answer"), strict=True):
+        with pytest.raises(ValueError, match=reason):
+            to_messages(row)
+
+
+def test_what_is_no_row_is_a_bad_one(folder):
+    path = folder / "rows.json"
+    path.write_text(json.dumps([{"text": "a fox", "image": "a.png"}, "a fox", None]))
+    good, *bad = read_rows(path)
+    assert to_messages(good)[1] == "t2i"
+    for number, row in enumerate(bad, 1):
+        with pytest.raises(ValueError, match=f"item {number} is no JSON object"):
+            to_messages(row)
+    path.write_text("[{")
+    with pytest.raises(ValueError, match=r"rows\.json is not JSON"):
+        read_rows(path)
+
+
+def test_an_image_column_that_is_empty_is_a_missing_image(folder):
+    question = {"question": "how many?", "answer": "two"}
+    for missing in ({"image": None}, {"images": None}, {"image": None, "images": None}, {"images": ["a.png", None]}):
+        with pytest.raises(ValueError, match=r"the row's image is missing: .*`image"):
+            to_messages({**question, **missing})
+    with pytest.raises(ValueError, match="the row's image is missing: `input_image` is empty"):
+        to_messages({"instruction": "make it blue", "input_image": None, "image": "a.png"})
+    path = folder / "rows.csv"
+    path.write_text("question,answer,image\nhow many?,two,\n")
+    with pytest.raises(ValueError, match="the row's image is missing: `image` is empty"):
+        to_messages(read_rows(path)[0])
+    # A table of several kinds of rows has all columns, and a question may show none at all.
+    assert to_messages({**question, "image": "a.png", "images": None, "input_image": None})[1] == "vqa"
+    assert to_messages({"text": "a fox", "image": "a.png", "input_image": None, "question": None})[1] == "t2i"
+    assert to_messages(question)[1] == "chat"
+
+
 def test_messages_take_images_from_their_column_in_order(folder):
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "tell a story"}]},

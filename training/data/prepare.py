@@ -5,10 +5,12 @@
     DIR/report.jsonl          rows that were left out, and why
     DIR/prepared.json         what there is; it comes last
 
-A shard holds a fixed span of rows and appears at once, whole; a run that was stopped goes on at the first shard that
-is missing. Of several processes (started by torchrun or `accelerate launch`) each makes its share of the shards.
+A shard holds a fixed span of rows and appears at once, whole, with a digest of those rows; a run makes the shards that
+are missing and those whose rows, or the files they name, have changed since. Of several processes (started by torchrun
+or `accelerate launch`) each makes its share of the shards.
 """
 
+import hashlib
 import itertools
 import json
 import logging
@@ -46,7 +48,7 @@ def prepare(
     rows_per_shard: int = 1000,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Prepares data, or what is left of it.
+    """Prepares data, or what is left of it and what has changed in it.
 
     Args:
         data (`str` or `os.PathLike`): see [`read_rows`].
@@ -71,7 +73,7 @@ def prepare(
         "image_area": image_area,
         "max_length": max_length or processor.tokenizer.model_max_length,
         "rows_per_shard": rows_per_shard,
-        **model_description(processor),
+        **model_description(processor, vision_tokenizer),
     }
     _check_settings(directory, settings)
     directory.mkdir(parents=True, exist_ok=True)
@@ -86,25 +88,87 @@ def prepare(
             break
         if total is not None:
             span = range(span.start, min(span.stop, total))
-            shard: Iterable = (rows[index] for index in span)
-        elif number_of_shard == 0:
-            stream = iter(rows)
-        if total is None:
+            shard: Sequence = _Span(rows, span)
+        else:
+            if number_of_shard == 0:
+                stream = iter(rows)
             shard = list(itertools.islice(stream, rows_per_shard))
             if not shard:
                 break
             span = range(span.start, span.start + len(shard))
-        if number_of_shard % num_processes == rank and not path.is_file():
+        if number_of_shard % num_processes == rank and not _is_current(path, shard):
+            for outdated in (directory / DESCRIPTION, path):
+                outdated.unlink(missing_ok=True)
             _write_shard(path, span, shard, write, vision_tokenizer, processor)
         bar.update(len(span))
     bar.close()
+    for path in directory.glob("shard-*.parquet"):  # of rows that the data has no more
+        if int(path.stem.rpartition("-")[2]) >= number_of_shard:
+            path.unlink(missing_ok=True)
     return _describe(directory, settings, number_of_shard)
 
 
-def model_description(processor: Emu35Processor) -> dict[str, Any]:
+def model_description(
+    processor: Emu35Processor | None, vision_tokenizer: Emu35VisionTokenizer | None
+) -> dict[str, Any]:
     """What must agree between the model that data was prepared for and the one that is trained on it."""
-    layout = processor.token_layout
-    return {"visual_token_offset": layout.visual_token_offset, "num_visual_tokens": layout.num_visual_tokens}
+    found: dict[str, Any] = {}
+    if processor is not None:
+        layout = processor.token_layout
+        found |= {"visual_token_offset": layout.visual_token_offset, "num_visual_tokens": layout.num_visual_tokens}
+    if vision_tokenizer is not None:
+        # Rounded, so that a tokenizer has one digest in all dtypes it may be loaded in.
+        codebook = vision_tokenizer.quantize.embedding.weight.detach().to("cpu", torch.bfloat16).contiguous()
+        found["codebook"] = _digest([codebook.view(torch.uint8).numpy().tobytes()])
+    return found
+
+
+class _Span(Sequence):
+    """A part of a sequence, read when it is asked for."""
+
+    def __init__(self, rows: Sequence, span: range):
+        self.rows, self.span = rows, span
+
+    def __len__(self) -> int:
+        return len(self.span)
+
+    def __getitem__(self, index: int):
+        return self.rows[self.span[index]]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def _digest_of_rows(rows: Iterable) -> str:
+    return _digest(json.dumps(_identity(row), default=str).encode() for row in rows)
+
+
+def _identity(value: Any) -> Any:
+    """What tells a value of a row from another: of a file that it names, when it was written, too."""
+    if isinstance(value, dict):
+        return {name: _identity(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_identity(one) for one in value]
+    if isinstance(value, bytes):
+        return _digest([value])
+    if isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value):
+        state = os.stat(value)
+        return [value, state.st_size, state.st_mtime_ns]
+    return value
+
+
+def _is_current(path: Path, rows: Sequence) -> bool:
+    """Whether a shard is there and of these very rows."""
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        return False
+    counts = json.loads(pq.read_schema(path).metadata[b"emu35"])
+    return counts.get("rows") == _digest_of_rows(rows)
 
 
 def _check_settings(directory: Path, settings: dict[str, Any]):
@@ -126,7 +190,7 @@ def _check_settings(directory: Path, settings: dict[str, Any]):
     _write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
-def _write_shard(path: Path, span: range, rows: Iterable, write: ExampleWriter, vision_tokenizer, processor):
+def _write_shard(path: Path, span: range, rows: Sequence, write: ExampleWriter, vision_tokenizer, processor):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -137,6 +201,7 @@ def _write_shard(path: Path, span: range, rows: Iterable, write: ExampleWriter, 
     def encode(images: list[torch.Tensor]) -> list[torch.Tensor]:
         return vision_tokenizer.encode([image.to(device) for image in images])
 
+    digest = _digest_of_rows(rows)  # before they are read: what changes meanwhile is then made again
     numbered = iter(zip(span, rows, strict=True))
     while batch := list(itertools.islice(numbered, ROWS_AT_A_TIME)):
         fresh = []
@@ -154,7 +219,8 @@ def _write_shard(path: Path, span: range, rows: Iterable, write: ExampleWriter, 
             "task": pa.array([one.task for one in examples], pa.string()),
         }
     )
-    counts = {"left_out": left_out, "longest": max(map(len, examples), default=0)}
+    counts = {"span": [span.start, span.stop], "rows": digest, "left_out": left_out}
+    counts["longest"] = max(map(len, examples), default=0)
     counts["tokens"] = sum(map(len, examples))
     table = table.replace_schema_metadata({"emu35": json.dumps(counts)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -216,23 +282,33 @@ class PreparedRows(Sequence):
 
     Args:
         directory (`str` or `os.PathLike`): of [`prepare`].
-        processor ([`Emu35Processor`], *optional*): of the model to be trained, to see that it is the same.
+        processor ([`Emu35Processor`], *optional*), vision_tokenizer ([`Emu35VisionTokenizer`], *optional*):
+            of the model to be trained, to see that they are the same.
     Attributes:
         summary (`dict`): what `prepared.json` says.
     Raises:
-        ValueError: if it was prepared for another vocabulary, or holds nothing.
+        ValueError: if it was prepared for another vocabulary or codebook, or holds nothing.
     """
 
-    def __init__(self, directory: str | os.PathLike, processor: Emu35Processor | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        processor: Emu35Processor | None = None,
+        vision_tokenizer: Emu35VisionTokenizer | None = None,
+    ):
         import datasets
 
         directory = Path(directory)
         self.summary = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
         if not self.summary["examples"]:
             raise ValueError(f"data: {directory} has no examples; {directory / 'report.jsonl'} tells why.")
-        wanted = {} if processor is None else model_description(processor)
-        if wanted != {name: self.summary["settings"][name] for name in wanted}:
-            raise ValueError(f"data: {directory} was prepared for a model with another vocabulary. Prepare it anew.")
+        for name, value in model_description(processor, vision_tokenizer).items():
+            if self.summary["settings"].get(name) != value:
+                what = "vision tokenizer, whose codes mean other images" if name == "codebook" else "vocabulary"
+                raise ValueError(
+                    f"data: {directory} was prepared for a model with another {what}. `emu35 prepare` it for this "
+                    "one, into another folder."
+                )
         files = sorted(str(path) for path in directory.glob("shard-*.parquet"))
         self._table = datasets.Dataset.from_parquet(files).with_format("numpy")
 

@@ -66,20 +66,24 @@ def _read_file(path: Path, split: str, streaming: bool) -> Sequence[dict] | Iter
     if path.suffix == ".parquet":
         return _undecoded(_load_dataset("parquet", str(path), split="train", streaming=streaming), streaming)
     if path.suffix == ".jsonl":
-        rows = [_read_line(line, number) for number, line in enumerate(_lines(path), 1) if line.strip()]
+        # Not `splitlines`, for which U+2028 inside a text ends a line, too.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        rows = [_read_line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     elif path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data: {path} is not JSON: {error}") from error
         if not isinstance(rows, list):
             raise ValueError(f"data: {path} must hold a list of rows, got {type(rows).__name__}.")
+        rows = [_as_row(row, f"item {number}") for number, row in enumerate(rows)]
     elif path.suffix == ".csv":
-        rows = list(csv.DictReader(_lines(path)))
+        with open(path, encoding="utf-8-sig", newline="") as file:  # line breaks inside a cell are csv's to find
+            reader = csv.DictReader(file)
+            rows = [_read_cells(row, reader.line_num) for row in reader]
     else:
         raise ValueError(f"data: {path} is none of .jsonl, .json, .csv, .parquet.")
     return [_with_absolute_paths(row, path.parent) for row in rows]
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8-sig").splitlines()
 
 
 def _read_line(line: str, number: int) -> dict:
@@ -87,7 +91,18 @@ def _read_line(line: str, number: int) -> dict:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         return BadRow(reason=f"line {number} is not JSON: {error}")
-    return row if isinstance(row, dict) else BadRow(reason=f"line {number} is no JSON object: {row!r:.80}")
+    return _as_row(row, f"line {number}")
+
+
+def _as_row(row: Any, where: str) -> dict:
+    return row if isinstance(row, dict) else BadRow(reason=f"{where} is no JSON object: {row!r:.80}")
+
+
+def _read_cells(row: dict, line: int) -> dict:
+    """An empty cell is a missing value."""
+    if None in row:  # where `csv` puts what is left over
+        return BadRow(reason=f"line {line} has more cells than the header. Put a text with commas in double quotes.")
+    return {name: value or None for name, value in row.items()}
 
 
 def _read_folder(folder: Path, split: str, streaming: bool) -> Sequence[dict] | Iterable:
@@ -189,9 +204,10 @@ def to_messages(row: dict, task: str | None = None) -> tuple[list[dict], str]:
     """
     if isinstance(row, BadRow):
         raise ValueError(row["reason"])
+    empty = {name for name, value in row.items() if value is None}
     row = {name: value for name, value in row.items() if value is not None}
     has_messages = "messages" in row
-    messages = _fill_images(row["messages"], row.get("images", [])) if has_messages else _from_columns(row)
+    messages = _fill_images(row["messages"], row.get("images", [])) if has_messages else _from_columns(row, empty)
     last = messages[-1] if messages else None
     if last is None or last.get("role") != "assistant" or not _says_something(last.get("content")):
         raise ValueError("the row has no answer: its last message must be the assistant's, and not empty.")
@@ -206,10 +222,13 @@ def _says_something(content: Any) -> bool:
     return any(_says_something(item.get("text", item) if isinstance(item, dict) else item) for item in content)
 
 
-def _from_columns(row: dict) -> list[dict]:
+def _from_columns(row: dict, empty: set[str]) -> list[dict]:
     if "answer" in row and "question" in row:
+        _require_image(row, empty, "images", "image")
         images = [_image(image) for image in _listed(row, "images", "image")]
         return [_user(*images, row["question"]), {"role": "assistant", "content": row["answer"]}]
+    if "instruction" in row:
+        _require_image(row, empty, "input_images", "input_image")
     if "instruction" in row and _listed(row, "input_images", "input_image"):
         images = [_image(image) for image in _listed(row, "input_images", "input_image")]
         return [_user(*images, row["instruction"]), _picture(row)]
@@ -226,6 +245,15 @@ def _from_columns(row: dict) -> list[dict]:
         "`instruction`, `input_image` and `image`, or `question`, `image` and `answer`."
         + (f" A slip, perhaps: {', '.join(hints)}." if hints else "")
     )
+
+
+def _require_image(row: dict, empty: set[str], plural: str, singular: str):
+    """A column that is there says that the row shows an image: learnt without, its answer would be a guess."""
+    name = next((one for one in (singular, plural) if one in empty), None)
+    if name is not None and not _listed(row, plural, singular):
+        raise ValueError(f"the row's image is missing: `{name}` is empty. Give a row without images as `messages`.")
+    if None in _listed(row, plural, singular):
+        raise ValueError(f"the row's image is missing: one of `{plural}` is empty.")
 
 
 def _user(*content: Any) -> dict:
