@@ -18,8 +18,9 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a weight: 4 bits, and a scale for 64 of them in 8 bits, whose own scales are shared by 256 of those."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0}
 """Of a weight that is trained; a paged one lies in main memory when there is no room for it."""
-VISION_BYTES_PER_PIXEL = 5 * 2**30 / 2**20
-"""While images are encoded: 5 GiB for a million pixels (measured for the released vision tokenizer)."""
+VISION_BYTES_PER_VALUE = 20
+"""While images are encoded or decoded, of a pixel's channel at full size: 5 GiB for 2**20 pixels of 256 channels
+(measured for the released vision tokenizer)."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ def layer_activation_bytes(config: Emu35TextConfig, recipe: SFTRecipe) -> int:
     return kept
 
 
-def estimate_memory(recipe: SFTRecipe, config: Emu35Config, encodes_images: bool = False) -> list[MemoryItem]:
+def estimate_memory(recipe: SFTRecipe, config: Emu35Config, uses_vision: bool = False) -> list[MemoryItem]:
     """The items of one GPU at the worst moment of a step.
 
     Args:
         config ([`Emu35Config`]): of the model.
-        encodes_images (`bool`): whether the data is not prepared, so that the vision tokenizer must be there.
+        uses_vision (`bool`): whether data is not prepared or samples are drawn, so that the vision tokenizer is there.
     """
     text, numbers, lora = config.text_config, count_parameters(config), recipe.lora
     layers, embeddings, num_layers = numbers["layers"], numbers["embeddings"], text.num_hidden_layers
@@ -151,10 +152,11 @@ def estimate_memory(recipe: SFTRecipe, config: Emu35Config, encodes_images: bool
         add("activations", num_layers * one_layer, f"{num_layers} x {one_layer // tokens} bytes x {tokens} tokens")
     chunk = min(LOSS_CHUNK_BYTES, 4 * text.vocab_size * tokens)
     add("logits", 4 * chunk, f"4 x {chunk / 2**20:.0f} MiB (a chunk, twice in float32, its gradients)")
-    if encodes_images:
-        area = max([source.image_area or 2**20 for source in recipe.data])
+    if uses_vision and config.vision_tokenizer_config is not None:
+        area = max([source.image_area or 2**20 for source in (*recipe.data, *recipe.eval_data)])
+        working = VISION_BYTES_PER_VALUE * config.vision_tokenizer_config.base_channels * area
         formula = f"{numbers['vision']:.3g} x 4 bytes, and while it works on {area} pixels"
-        add("vision tokenizer", 4 * numbers["vision"] + VISION_BYTES_PER_PIXEL * area, formula)
+        add("vision tokenizer", 4 * numbers["vision"] + working, formula)
     return items
 
 

@@ -23,10 +23,11 @@ from emu35.processing_emu35 import Emu35Processor
 from peft import PeftConfig, PeftModel
 from transformers import PrinterCallback
 
+from .data import PreparedRows
 from .lora import add_adapter, load_base
 from .recipe import checkpoint_path
 from .sft_recipe import SFTRecipe
-from .sft_trainer import SFTTrainer, Watcher, find_attention, training_arguments
+from .sft_trainer import SFTTrainer, Watcher, find_attention, open_source, training_arguments
 
 
 def load_model(recipe: SFTRecipe, device: str = "cpu") -> Emu35ForConditionalGeneration:
@@ -37,11 +38,6 @@ def load_model(recipe: SFTRecipe, device: str = "cpu") -> Emu35ForConditionalGen
     model.set_attn_implementation(find_attention(recipe.attn_implementation, device))
     if recipe.visual_loss_weight is not None:
         model.config.visual_loss_weight = recipe.visual_loss_weight
-    if recipe.row_length > model.config.text_config.max_position_embeddings:
-        raise ValueError(
-            f"`row_length`={recipe.row_length} is more than the model's context, "
-            f"{model.config.text_config.max_position_embeddings}."
-        )
     return model
 
 
@@ -86,20 +82,27 @@ def train_sft(
     checkpoint = last_checkpoint(directory)
     _check_recipe(recipe, directory, checkpoint)
     path = checkpoint_path(recipe.model)
+    recipe.check_context(Emu35Config.from_pretrained(path))
     processor = Emu35Processor.from_pretrained(path)
     # Apart from the model, it is neither trained nor sharded nor saved with each checkpoint. Loaded before anything is
     # known of other processes, it is whole in each of them.
     vision_tokenizer = load_vision_tokenizer(path)
     arguments = training_arguments(recipe, directory, device, progress)
+    # What is wrong with the data is told before minutes go into loading the model.
+    sources, eval_sources = (
+        [open_source(source, processor, vision_tokenizer, recipe.row_length) for source in some]
+        for some in (recipe.data, recipe.eval_data)
+    )
     transformers.set_seed(recipe.seed)
     model = load_model(recipe, device)
     model.vision_tokenizer = None
-    if vision_tokenizer is not None and arguments.device.type == "cuda":
+    encodes = not all(isinstance(source.rows, PreparedRows) for source in (*sources, *eval_sources))
+    if vision_tokenizer is not None and (encodes or recipe.samples):
         vision_tokenizer.to(arguments.device)
     if recipe.lora is not None:
         model = add_adapter(model, recipe.lora)
     first = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    trainer = SFTTrainer(recipe, arguments, model, vision_tokenizer, processor, first)
+    trainer = SFTTrainer(recipe, arguments, model, vision_tokenizer, processor, sources, eval_sources, first)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watcher(trainer, directory, first))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -132,9 +135,9 @@ def merge_adapter(adapter: str | os.PathLike, directory: str | os.PathLike, mode
     Args:
         adapter (`str` or `os.PathLike`): folder of the adapter.
         directory (`str` or `os.PathLike`): gets model and processor.
-        model (`str` or `os.PathLike`, *optional*): default: the one that the adapter names.
+        model (`str` or `os.PathLike`, *optional*): a checkpoint, or "tiny"; default: the one that the adapter names.
     """
-    model = str(model or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    model = checkpoint_path(str(model or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path))
     base = Emu35ForConditionalGeneration.from_pretrained(model, dtype="auto")
     PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(directory)
     Emu35Processor.from_pretrained(model).save_pretrained(directory)

@@ -16,6 +16,7 @@ def plan(recipe: SFTRecipe) -> str:
     What is not there (data, a model) is said and not an error, so that a run can be planned anywhere.
     """
     config, where = _find_config(recipe)
+    recipe.check_context(config)
     numbers, text = count_parameters(config), config.text_config
     total, lora = numbers["layers"] + numbers["embeddings"], recipe.lora
     hardware = recipe.hardware
@@ -35,11 +36,12 @@ def plan(recipe: SFTRecipe) -> str:
         f"processes  {hardware.gpus}, {recipe.accumulation(hardware.gpus)} passes of each a step"
         + ("" if hardware.sharding == "none" else f", weights sharded ({hardware.sharding})"),
     ]
-    if recipe.row_length > text.max_position_embeddings:
-        raise ValueError(f"`row_length`={recipe.row_length} is more than the context: {text.max_position_embeddings}.")
-    encodes = not all(is_prepared(source.path) or not Path(source.path).exists() for source in recipe.data)
+    sources = (*recipe.data, *recipe.eval_data)
+    encodes = not all(is_prepared(source.path) or not Path(source.path).exists() for source in sources)
     lines += ["", "memory of one GPU, worked out", ""]
-    return "\n".join([*lines, format_memory(estimate_memory(recipe, config, encodes), hardware.gpu_memory)])
+    draws = bool(recipe.samples) and hardware.sharding == "none"  # one process cannot, with its share of the weights
+    items = estimate_memory(recipe, config, encodes or draws)
+    return "\n".join([*lines, format_memory(items, hardware.gpu_memory)])
 
 
 def _find_config(recipe: SFTRecipe) -> tuple[Emu35Config, str]:

@@ -3,6 +3,8 @@
 import difflib
 from dataclasses import dataclass, field
 
+from emu35.configuration_emu35 import Emu35Config
+
 from .dida_recipe import DECODER_MATRICES
 from .recipe import _require
 
@@ -199,6 +201,12 @@ class SFTRecipe:
             ("attn_implementation", ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2")),
         ):
             _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
+
+    def check_context(self, config: Emu35Config):
+        """Raises a ValueError if a row is longer than the context of a model."""
+        context = config.text_config.max_position_embeddings
+        if self.row_length > context:
+            raise ValueError(f"`row_length`={self.row_length} is more than the model's context, {context}.")
 
     def accumulation(self, num_processes: int) -> int:
         """Passes of one process a step.

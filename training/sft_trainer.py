@@ -40,15 +40,19 @@ def find_attention(name: str, device: str | torch.device) -> str:
     return "flash_attention_2" if find_spec("flash_attn") else "flex_attention"
 
 
-def open_source(recipe: SourceRecipe, processor: Emu35Processor, row_length: int) -> Source:
+def open_source(
+    recipe: SourceRecipe, processor: Emu35Processor, vision_tokenizer: Emu35VisionTokenizer | None, row_length: int
+) -> Source:
     """A source, looked at: whether it is there, of this model, and its examples fit.
 
+    Args:
+        vision_tokenizer ([`Emu35VisionTokenizer`], *optional*): of the model; encodes what is not prepared.
     Raises:
         FileNotFoundError, ValueError: if it is not there, was prepared for another model, has examples longer than a
             row, or none of its first rows is good.
     """
     if is_prepared(recipe.path):
-        rows = PreparedRows(recipe.path, processor)
+        rows = PreparedRows(recipe.path, processor, vision_tokenizer)
         longest = rows.summary["longest"]
         if longest > row_length:
             raise ValueError(
@@ -61,9 +65,15 @@ def open_source(recipe: SourceRecipe, processor: Emu35Processor, row_length: int
     reasons, looked_at = [], list(itertools.islice(rows, CHECKED_ROWS))
     for number, row in enumerate(looked_at):
         try:
-            write(row)
+            example = write(row)
         except ROW_ERRORS as error:
             reasons.append(f"row {number}: {error}")
+            continue
+        if example.pixel_values and vision_tokenizer is None:
+            raise ValueError(
+                f"data: {recipe.path} has images, and the checkpoint no vision tokenizer. `emu35 prepare` the data "
+                "with one that has."
+            )
     if len(reasons) == len(looked_at):
         reason = reasons[0] if reasons else "There are no rows."
         raise ValueError(f"data: none of the first rows of {recipe.path} is good. {reason}")
@@ -81,6 +91,7 @@ class SFTTrainer(Trainer):
         model: the model, or a [`PeftModel`] around it, without vision tokenizer.
         vision_tokenizer ([`Emu35VisionTokenizer`], *optional*): of the model; encodes what is not prepared.
         processor ([`Emu35Processor`]): of the model.
+        sources (`list[Source]`), eval_sources (`list[Source]`): to learn from, and to measure losses on.
         start (`int`): step at which the data begins.
     """
 
@@ -91,11 +102,12 @@ class SFTTrainer(Trainer):
         model: Emu35ForConditionalGeneration | PeftModel,
         vision_tokenizer: Emu35VisionTokenizer | None,
         processor: Emu35Processor,
+        sources: list[Source],
+        eval_sources: list[Source],
         start: int = 0,
     ):
         self.recipe, self.vision_tokenizer, self.processor = recipe, vision_tokenizer, processor
-        self.sources = [open_source(source, processor, recipe.row_length) for source in recipe.data]
-        self.eval_sources = [open_source(source, processor, recipe.row_length) for source in recipe.eval_data]
+        self.sources, self.eval_sources = sources, eval_sources
         self._rows = PackedRows(
             self.sources,
             processor,
@@ -121,8 +133,6 @@ class SFTTrainer(Trainer):
         self._eval_batches: list[tuple[str, dict[str, torch.Tensor]]] | None = None
 
     def _encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        if self.vision_tokenizer is None:
-            raise ValueError("the checkpoint has no vision tokenizer: `emu35 prepare` the data with one that has.")
         device = next(self.vision_tokenizer.parameters()).device
         return self.vision_tokenizer.encode([image.to(device) for image in images])
 

@@ -106,7 +106,20 @@ def test_memory_is_that_of_each_part(shared_tiny_model):
     assert small["adapter"] == small["gradients"] == 4 * adapter and small["optimiser"] < 2.1 * adapter
     repeated = bytes_of(estimate_memory(recipe_from_dict({**VALUES, "gradient_checkpointing": True}), config))
     assert repeated["inputs of layers"] + repeated["one layer again"] < full["activations"]
-    assert "vision tokenizer" in bytes_of(estimate_memory(recipe_from_dict(VALUES), config, encodes_images=True))
+    assert "vision tokenizer" in bytes_of(estimate_memory(recipe_from_dict(VALUES), config, uses_vision=True))
+
+
+def test_the_vision_tokenizer_is_counted_where_it_works(tmp_path):
+    def counted(**changes):
+        return "vision tokenizer" in plan(recipe_from_dict({**VALUES, "data": [{"path": str(tmp_path)}], **changes}))
+
+    assert counted()
+    (tmp_path / "prepared.json").write_text("{}")
+    assert not counted()
+    assert counted(samples=["a fox"])
+    assert not counted(samples=["a fox"], hardware={"gpus": 2, "sharding": "fsdp2"})
+    (tmp_path / "plain").mkdir()
+    assert counted(eval_data=[{"path": str(tmp_path / "plain")}])
 
 
 def test_what_does_not_fit_is_said():
@@ -115,5 +128,5 @@ def test_what_does_not_fit_is_said():
 
 
 def test_a_row_must_fit_the_context():
-    with pytest.raises(ValueError, match="`row_length`=2048 is more than the context: 1024"):
+    with pytest.raises(ValueError, match="`row_length`=2048 is more than the model's context, 1024"):
         plan(recipe_from_dict({**VALUES, "row_length": 2048}))

@@ -20,7 +20,7 @@ from emu35.training.checkpointing import read_log
 from emu35.training.data import prepare
 from emu35.training.recipe import recipe_from_dict
 from emu35.training.sft import last_checkpoint, load_model, merge_adapter, push
-from emu35.training.sft_trainer import SFTTrainer, training_arguments
+from emu35.training.sft_trainer import SFTTrainer, open_source, training_arguments
 from emu35.training.train import train
 from peft import PeftModel
 from PIL import Image
@@ -133,7 +133,7 @@ def test_an_adapter_comes_with_a_card(finished):
 
 
 @torch.no_grad()
-def test_adapters_load_in_model_and_pipeline_and_merge(finished, base, tmp_path):
+def test_adapters_load_in_model_and_pipeline_and_merge(finished, base, tmp_path, monkeypatch):
     _, exported = finished
     ids = torch.arange(20, 60)[None]
     plain = Emu35ForConditionalGeneration.from_pretrained(base / "model").eval()
@@ -148,9 +148,11 @@ def test_adapters_load_in_model_and_pipeline_and_merge(finished, base, tmp_path)
     pipe = Emu35Pipeline.from_pretrained(base / "model")
     pipe.load_lora_weights(exported)
     torch.testing.assert_close(pipe.model(input_ids=ids).logits, wanted)
-    merge_adapter(exported, tmp_path / "merged")
-    merged = Emu35ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(merged(input_ids=ids).logits, wanted, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr("emu35.TINY", base / "model")
+    for name in (None, "tiny"):
+        merge_adapter(exported, tmp_path / "merged", name)
+        merged = Emu35ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(input_ids=ids).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_command_line_uses_an_adapter(finished, base, tmp_path, monkeypatch):
@@ -232,7 +234,9 @@ def test_the_loss_is_divided_by_weights_of_tokens(base, tiny_processor, tmp_path
     recipe = recipe_from_dict({**values, "visual_loss_weight": 0.25})
     model = load_model(recipe)
     model.vision_tokenizer = None
-    trainer = SFTTrainer(recipe, training_arguments(recipe, tmp_path, progress=False), model, None, tiny_processor)
+    sources = [open_source(source, tiny_processor, None, recipe.row_length) for source in recipe.data]
+    arguments = training_arguments(recipe, tmp_path, progress=False)
+    trainer = SFTTrainer(recipe, arguments, model, None, tiny_processor, sources, [])
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
     total = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     with torch.no_grad():
@@ -256,10 +260,12 @@ def test_the_loss_is_divided_by_weights_of_tokens(base, tiny_processor, tmp_path
             {"batch_rows": 3, "rows": 3, "data": [{"path": "bad"}]},
             r"none of the first rows of .*bad is good. row 0: the row has no",
         ),
+        ({"eval_data": [{"path": "./nowhere"}]}, "no file or folder"),
     ],
 )
 def test_bad_data_is_told_before_training(run, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Emu35ForConditionalGeneration, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "metadata.jsonl").write_text('{"text": "a fox"}\n')
     with pytest.raises((ValueError, FileNotFoundError), match=message):
