@@ -1,6 +1,8 @@
 """Several one-thread processes with averaged gradients: on a CPU faster than one process with several threads."""
 
+import contextlib
 import os
+import pickle
 import socket
 import threading
 import time
@@ -13,7 +15,8 @@ import torch.distributed as dist
 def launch(worker: Callable, num_processes: int, *args):
     """Run `worker(rank, *args)` in `num_processes` processes of one thread each; in this very process if there is one.
 
-    An error in one process ends all of them and is raised here. Killing this process ends the others, too.
+    An error in one process ends all of them and is raised here, as it was raised there. Killing this process ends the
+    others, too.
 
     Args:
         worker (`Callable`): a function of a module (it is pickled by name).
@@ -29,16 +32,26 @@ def launch(worker: Callable, num_processes: int, *args):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run, (worker, num_processes, port, args), nprocs=num_processes)
+    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        torch.multiprocessing.spawn(_run, (worker, num_processes, port, args, errors), nprocs=num_processes)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        if errors.empty():
+            raise
+        raise errors.get() from error  # the first: those of other processes are that its connection broke
 
 
-def _run(rank: int, worker: Callable, num_processes: int, port: int, args: tuple):
+def _run(rank: int, worker: Callable, num_processes: int, port: int, args: tuple, errors):
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_processes)
     try:
         worker(rank, *args)
+    except Exception as error:
+        with contextlib.suppress(Exception):  # not every exception can be pickled
+            errors.put(pickle.loads(pickle.dumps(error)))
+        raise
     finally:
         dist.destroy_process_group()
 
