@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import rewards
-from .recipe import _require, _unknown
+from .recipe import _require, _require_one_of, _unknown
 from .rewards import Component, RewardMix, SampleReward
 from .rollout import RolloutSettings
-from .sft_recipe import SFTLoRARecipe
+from .sft_recipe import ATTENTIONS, SCHEDULES, SFTLoRARecipe
 from .shapes import EPISODES
 
 LOSS_TYPES = ("grpo", "dapo", "bnpo")
@@ -26,7 +26,8 @@ class PromptsRecipe:
         full_captions (`float`): of `world`: share of the captions that fix the whole scene.
         path (`str`):
             a `.jsonl` or `.parquet` file, or a folder that `datasets` saved. Columns: `prompt` (text, or messages of
-            which the last is the user's), `task` ("t2i", "x2i", "vqa", "story", ...), and what the rewards read.
+            which the last is the user's; paths of their images are relative to the file), `task` ("t2i", "x2i", "vqa",
+            "story", ...), and what the rewards read, which they get as it is.
     """
 
     world: dict[str, float] | None = None
@@ -116,11 +117,11 @@ class GRPORecipe:
         scale_rewards (`str`): "group": advantages are divided by the group's standard deviation; "batch"; "none".
         epsilon (`float`): of the clipped ratio.
         learning_rate (`float`), warmup_steps (`int`), schedule (`str`), gradient_clip (`float`):
-            of AdamW; `schedule` is a name of transformers' schedulers.
+            of AdamW; `schedule` is "constant", "linear" or "cosine".
         lora ([`SFTLoRARecipe`], *optional*): train an adapter; without it all weights of the decoder.
         dtype (`str`): of the frozen weights under an adapter; what is trained is float32.
         bf16 (`bool`): autocast.
-        gradient_checkpointing (`bool`), attn_implementation (`str`): as elsewhere.
+        gradient_checkpointing (`bool`), attn_implementation (`str`): see [`SFTRecipe`].
         log_every (`int`), save_every (`int`), samples_every (`int`): in steps.
     """
 
@@ -145,7 +146,7 @@ class GRPORecipe:
     epsilon: float = 0.2
     learning_rate: float = 1e-6
     warmup_steps: int = 0
-    schedule: str = "constant_with_warmup"
+    schedule: str = "constant"
     gradient_clip: float = 1.0
     lora: SFTLoRARecipe | None = None
     dtype: str = "float32"
@@ -164,9 +165,14 @@ class GRPORecipe:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")
         _require(self.group_size > 1, "group_size", self.group_size, "at least 2: answers are compared in groups")
         _require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
-        for name, known in (("loss_type", LOSS_TYPES), ("scale_rewards", ("group", "batch", "none"))):
-            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
-        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, '"float32" or "bfloat16"')
+        for name, known in (
+            ("loss_type", LOSS_TYPES),
+            ("scale_rewards", ("group", "batch", "none")),
+            ("schedule", SCHEDULES),
+            ("dtype", ("float32", "bfloat16")),
+            ("attn_implementation", ATTENTIONS),
+        ):
+            _require_one_of(name, getattr(self, name), known)
         if self.rollouts_per_step % self.group_size:
             least = self.rollouts_per_step // self.group_size * self.group_size
             near = f"{least} or {least + self.group_size}" if least else str(self.group_size)

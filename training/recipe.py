@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
@@ -270,9 +271,17 @@ def recipe_from_dict(values: dict[str, Any]) -> "Recipe | DiDARecipe | SFTRecipe
 
     kinds = {None: Recipe, "dida": DiDARecipe, "sft": SFTRecipe, "grpo": GRPORecipe}
     method = values.get("method") if isinstance(values, dict) else None
+    if method is None and isinstance(values, dict):  # a slip would make it a recipe of another kind
+        unknown = set(map(str, values)) - {item.name for item in dataclasses.fields(Recipe)}
+        for key in difflib.get_close_matches("method", unknown, n=1, cutoff=0.7):
+            raise ValueError(f"`recipe`: unknown key {key!r}. Did you mean 'method'?")
     if method not in kinds:
         named = ", ".join(repr(one) for one in kinds if one)
-        raise ValueError(f"`recipe.method` must be one of {named}, or left out to train from nothing; got {method!r}.")
+        nearest = difflib.get_close_matches(str(method), filter(None, kinds), n=1, cutoff=0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"`recipe.method` must be one of {named}, or left out to train from nothing; got {method!r}.{hint}"
+        )
     return _build(kinds[method], values, "recipe")
 
 
@@ -329,6 +338,13 @@ def _unknown(key: Any, known: Any) -> str:
     nearest = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown key {key!r}.{hint} Known: {', '.join(sorted(known))}."
+
+
+def _require_one_of(name: str, value: Any, known: Sequence[str]):
+    if value not in known:
+        nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.{hint}")
 
 
 def _require(condition: bool, name: str, value: Any, wanted: str):

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from emu35.configuration_emu35 import Emu35TokenLayout
+from emu35.generation_configuration_emu35 import Emu35GenerationConfig
 from emu35.modeling_emu35 import LOSS_CHUNK_BYTES, Emu35ForConditionalGeneration
 from emu35.processing_emu35 import Emu35Processor
+from emu35.prompts_emu35 import get_template
 from emu35.segments_emu35 import Segments
 from torch.utils.checkpoint import checkpoint
 
@@ -85,12 +87,17 @@ class RolloutSettings:
                     f"`rollout.generate.{task}.{name}` would change the distribution that is trained. Leave it out"
                     f"{'' if name in FIXED_SETTINGS else f', and set `rollout.{name}`'}."
                 )
+            try:
+                get_template(task)
+                Emu35GenerationConfig().with_settings(**settings)
+            except ValueError as error:
+                raise ValueError(f"`rollout.generate.{task}`: {error}") from error
 
-    def config(self, model: Emu35ForConditionalGeneration, task: str):
+    def config(self, stored: Emu35GenerationConfig, task: str) -> Emu35GenerationConfig:
         """The generation configuration of a task: the checkpoint's, these settings, and no filter or guidance."""
         own = {name: getattr(self, name) for name in ("temperature", "image_temperature", "image_decoder")}
         settings = {"return_dict_in_generate": True, **FIXED_SETTINGS, **own, **self.generate.get(task, {})}
-        return model.generation_config.with_settings(task, **settings)
+        return stored.with_settings(task, **settings)
 
 
 @dataclass
@@ -165,7 +172,7 @@ def draw_answers(
     answers: list[Answer | None] = [None] * len(prompts)
     with _evaluating(model):
         for task, own in places.items():
-            config = settings.config(model, task)
+            config = settings.config(model.generation_config, task)
             for start in range(0, len(own), settings.batch_size):
                 some = own[start : start + settings.batch_size]
                 drawn = _draw(model, processor, [prompts[i] for i in some], task, [seeds[i] for i in some], config)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from emu35.configuration_emu35 import Emu35Config
 
 from .dida_recipe import DECODER_MATRICES
-from .recipe import _require
+from .recipe import _require, _require_one_of
 
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+SCHEDULES = ("cosine", "linear", "constant")
 SHARDINGS = ("none", "fsdp2", "zero3")
 
 
@@ -88,9 +90,8 @@ class SFTOptimizerRecipe:
     gradient_clip: float = 1.0
 
     def __post_init__(self):
-        names, schedules = ("adamw", "adamw_8bit", "paged_adamw_8bit"), ("cosine", "linear", "constant")
-        _require(self.name in names, "optimizer.name", self.name, f"one of {', '.join(names)}")
-        _require(self.schedule in schedules, "optimizer.schedule", self.schedule, f"one of {', '.join(schedules)}")
+        _require_one_of("optimizer.name", self.name, ("adamw", "adamw_8bit", "paged_adamw_8bit"))
+        _require_one_of("optimizer.schedule", self.schedule, SCHEDULES)
         for name in ("learning_rate", "gradient_clip"):
             _require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "positive")
         for name in ("warmup_steps", "weight_decay"):
@@ -115,7 +116,7 @@ class HardwareRecipe:
     def __post_init__(self):
         for name in ("gpus", "gpu_memory"):
             _require(getattr(self, name) > 0, f"hardware.{name}", getattr(self, name), "positive")
-        _require(self.sharding in SHARDINGS, "hardware.sharding", self.sharding, f"one of {', '.join(SHARDINGS)}")
+        _require_one_of("hardware.sharding", self.sharding, SHARDINGS)
 
 
 @dataclass
@@ -198,9 +199,9 @@ class SFTRecipe:
             ("balance", ("tokens", "examples")),
             ("loss_on", ("answers", "everything")),
             ("dtype", ("bfloat16", "float32")),
-            ("attn_implementation", ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2")),
+            ("attn_implementation", ("auto", *ATTENTIONS)),
         ):
-            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
+            _require_one_of(name, getattr(self, name), known)
 
     def check_context(self, config: Emu35Config):
         """Raises a ValueError if a row is longer than the context of a model."""

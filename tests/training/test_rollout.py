@@ -210,6 +210,9 @@ def test_seeds_differ():
         ({"image_decoder": "dida"}, '"ar" or "speculative".*got \'dida\''),
         ({"generate": {"t2i": {"guidance_scale": 3.0}}}, "`rollout.generate.t2i.guidance_scale` would change"),
         ({"generate": {"vqa": {"temperature": 0.5}}}, "set `rollout.temperature`"),
+        ({"generate": {"vqaa": {"max_new_tokens": 3}}}, "`rollout.generate.vqaa`: .*Did you mean 'vqa'"),
+        ({"generate": {"vqa": {"max_new_tokns": 3}}}, "`rollout.generate.vqa`: .*Did you mean `max_new_tokens`"),
+        ({"generate": {"vqa": {"max_new_tokens": 0}}}, "`rollout.generate.vqa`: .*max_new_tokens"),
     ],
 )
 def test_settings_that_would_change_the_distribution(values, message):

@@ -31,12 +31,20 @@ VALUES = {"method": "sft", "output_dir": "unused", "data": [{"path": "here"}], "
         ({"optimizer": {"schedule": "cosin"}}, "`optimizer.schedule` must be one of cosine"),
         ({"hardware": {"sharding": "fsdp"}}, "`hardware.sharding` must be one of none, fsdp2, zero3"),
         ({"steps": "many"}, "`recipe.steps` must be of type int"),
-        ({"method": "stf"}, "`recipe.method` must be one of .*'sft'"),
+        ({"method": "stf"}, "`recipe.method` must be one of .*Did you mean 'sft'"),
+        ({"optimizer": {"schedule": "linaer"}}, "`optimizer.schedule` must be one of .* Did you mean 'linear'"),
+        ({"attn_implementation": "spda"}, "`attn_implementation` must be one of .* Did you mean 'sdpa'"),
     ],
 )
 def test_a_wrong_recipe_names_the_key(changes, message):
     with pytest.raises(ValueError, match=message):
         recipe_from_dict({**VALUES, **changes})
+
+
+def test_a_slip_in_method_makes_no_recipe_of_another_kind():
+    values = {("methd" if name == "method" else name): value for name, value in VALUES.items()}
+    with pytest.raises(ValueError, match=r"unknown key 'methd'\. Did you mean 'method'"):
+        recipe_from_dict(values)
 
 
 def test_a_step_is_shared_out_over_processes():
