@@ -20,11 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from datasets import Dataset
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.processing_emu35 import Emu35Processor
+from emu35.segments_emu35 import Image as ImageSegment
+from emu35.segments_emu35 import Segments
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
@@ -38,17 +43,20 @@ from .checkpointing import LossLog, read_log
 from .contact_sheet import contact_sheet
 from .distributed import launch, world_size
 from .grpo_card import LOG, write_card
-from .grpo_prompts import load_prompts, prompt_tasks
+from .grpo_prompts import check_prompts, load_prompts, one_of_each_task, prompt_tasks
 from .grpo_recipe import GRPORecipe
 from .lora import load_base, lora_config
 from .recipe import checkpoint_path
+from .rewards import RewardMix
 from .rewards.base import prompt_text
 from .rollout import TokenKind, add_answer_scores, answer_seed, as_messages, draw_answers
 
 logger = logging.getLogger(__name__)
 
 #: Fields of a recipe that may change between a run and its continuation: they do not move the curves.
-_FREE_FIELDS = ("output_dir", "export_dir", "steps", "log_every", "save_every", "samples_every")
+_FREE_FIELDS = ("output_dir", "export_dir", "log_every", "save_every", "samples_every")
+#: Columns that answers add to those of the prompts.
+_ANSWER_COLUMNS = ("images", "texts", "segments", "messages")
 #: Written last: a checkpoint without it was cut short.
 _COMPLETE = "recipe.json"
 _NUM_SAMPLES = 24
@@ -196,9 +204,6 @@ class Emu35GRPOTrainer(GRPOTrainer):
         contact_sheet(images, texts, better, path, columns=self.num_generations)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                import numpy as np
-                from PIL import Image
-
                 page = np.asarray(Image.open(path).convert("RGB"))
                 callback.tb_writer.add_image("samples", page, self.state.global_step, dataformats="HWC")
 
@@ -299,7 +304,7 @@ def trainer_arguments(recipe: GRPORecipe, directory: str | os.PathLike, device: 
         epsilon=recipe.epsilon,
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_steps,
-        lr_scheduler_type=recipe.schedule,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule),
         max_grad_norm=recipe.gradient_clip,
         bf16=recipe.bf16,
         gradient_checkpointing=recipe.gradient_checkpointing,
@@ -360,7 +365,8 @@ def last_checkpoint(directory: str | os.PathLike) -> Path | None:
 def _check_same_run(recipe: GRPORecipe, checkpoint: Path):
     state = json.loads((checkpoint / _COMPLETE).read_text())
     current = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    changed = [k for k in current if k not in _FREE_FIELDS and current[k] != state["recipe"].get(k)]
+    free = {*_FREE_FIELDS, "steps"} if recipe.schedule == "constant" else _FREE_FIELDS
+    changed = [k for k in current if k not in free and current[k] != state["recipe"].get(k)]
     if changed:
         raise ValueError(
             f"{checkpoint} is of a run with another recipe (different: {', '.join(changed)}). Set the old values, "
@@ -412,6 +418,26 @@ def save_model(
     processor.save_pretrained(directory)
 
 
+def check_rewards(mix: RewardMix, prompts: Dataset):
+    """Whether rewards find their columns, and what they give for a blank picture as the answer to each task.
+
+    Raises:
+        TypeError, ValueError: see [`RewardMix`].
+    """
+    rows = one_of_each_task(prompts)
+    mix.check_columns({*rows[0], *_ANSWER_COLUMNS} - {"prompt"})
+    blank = Image.new("RGB", (64, 64), "white")
+    mix.rehearse(
+        prompts=[prompt_text(row["prompt"]) for row in rows],
+        completions=[""] * len(rows),
+        messages=[as_messages(row["prompt"]) for row in rows],
+        images=[[blank] for _ in rows],
+        texts=[""] * len(rows),
+        segments=[Segments([ImageSegment(torch.zeros(0, 0, dtype=torch.long), blank)]) for _ in rows],
+        **{name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+    )
+
+
 def train_grpo(
     recipe: GRPORecipe,
     directory: str | os.PathLike,
@@ -434,15 +460,19 @@ def train_grpo(
         progress (`bool`): show a progress bar.
     Raises:
         OSError: if there is no such model.
-        ValueError: if the recipe's numbers don't come out even, `directory` holds a run of another recipe, or a reward
-            returns another number of values than there are answers.
+        ValueError: if the recipe's numbers don't come out even, `directory` holds a run of another recipe, a prompt
+            cannot be asked (see [`check_prompts`]), or a reward of the recipe lacks a column or returns what it may
+            not. All before anything is loaded, but for rewards that have weights.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
     processes = int(os.environ["WORLD_SIZE"]) if launched else recipe.processes if device == "cpu" else 1
-    recipe.accumulation(processes)  # this and what follows raise before anything is loaded
+    recipe.accumulation(processes)
     stored_dtype(recipe)
-    if rewards is None:
-        recipe.reward_mix(prompt_tasks(load_prompts(recipe)))  # each process then has its own
+    prompts = load_prompts(recipe)
+    mix = recipe.reward_mix(prompt_tasks(prompts)) if rewards is None else rewards  # each process then has its own
+    if isinstance(mix, RewardMix):
+        check_rewards(mix, prompts)
+    check_prompts(recipe, prompts)
     Path(directory).mkdir(parents=True, exist_ok=True)
     arguments = (recipe, rewards, str(directory), str(export_dir), device, progress)
     if launched:

@@ -4,17 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from emu35.configuration_emu35 import Emu35Config, Emu35VisionTokenizerConfig
+from emu35.generation_configuration_emu35 import Emu35GenerationConfig
+from emu35.processing_emu35 import Emu35Processor
 from emu35.prompts_emu35 import get_template
-from PIL import Image, UnidentifiedImageError
 
 try:
     from datasets import Dataset, load_dataset, load_from_disk
 except ImportError as error:
     raise ImportError("GRPO needs `datasets`: `pip install 'emu35[train]'`.") from error
 
+from .data.examples import ROW_ERRORS
+from .data.reading import absolute_message
 from .evaluate import _TEMPLATES
 from .grpo_recipe import GRPORecipe
 from .play import user_message
+from .recipe import checkpoint_path
+from .rollout import as_messages
 from .shapes import EPISODES, Turn, caption, sample_question, sample_scene
 
 _STREAM = 61803  # keeps these prompts apart from those of training and evaluation with the same seed
@@ -24,8 +30,8 @@ def load_prompts(recipe: GRPORecipe) -> Dataset:
     """The prompts of a run, as many as it needs or the file holds; rows are as [`PromptsRecipe`] says.
 
     Raises:
-        FileNotFoundError, ValueError: if the file or an image is missing, or the file lacks a column, has an unknown
-            task, an empty prompt, a broken image, or fewer rows than a step needs.
+        FileNotFoundError, ValueError: if there is no such file, or it lacks a column, has an unknown task, or fewer
+            rows than a step needs. For the rows themselves: [`check_prompts`].
     """
     if recipe.prompts.world is not None:
         return world_prompts(recipe)
@@ -49,35 +55,76 @@ def load_prompts(recipe: GRPORecipe) -> Dataset:
         )
     for task in set(dataset["task"]):
         get_template(task)  # raises for an unknown one
-    for number, prompt in enumerate(dataset["prompt"]):
-        _check_prompt(prompt, f"{path}, row {number}")
     if len(dataset) < recipe.prompts_per_step:
         raise ValueError(
             f"{path} has {len(dataset)} prompts, but a step takes {recipe.prompts_per_step} (`rollouts_per_step` / "
             "`group_size`). Lower `rollouts_per_step` or give more prompts."
         )
-    return dataset.with_transform(lambda rows: {**rows, "prompt": [_without_nones(one) for one in rows["prompt"]]})
+
+    def read(rows: dict[str, list]) -> dict[str, list]:
+        return {
+            **rows,
+            "prompt": [_read_prompt(one, None if path.is_dir() else path.parent) for one in rows["prompt"]],
+        }
+
+    return dataset.with_transform(read)
 
 
-def _check_prompt(prompt: str | list[dict[str, Any]] | None, where: str):
-    """Raises for what would end a run when its turn comes."""
-    if not prompt:
-        raise ValueError(f"{where}: `prompt` is empty. Write one, or leave the row out.")
-    if isinstance(prompt, str):
+def _read_prompt(prompt: Any, folder: Path | None) -> Any:
+    """A prompt of a file, whose images' paths are relative to it."""
+    prompt = _without_nones(prompt)
+    if folder is None or not isinstance(prompt, list):
+        return prompt
+    return [absolute_message(message, folder) for message in prompt]
+
+
+def check_prompts(recipe: GRPORecipe, prompts: Dataset):
+    """Reads all prompts of a file as the run will, with their images: what would end it at their turn is told now.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if a prompt is empty or malformed, has an image that is missing or broken, or leaves no room for
+            an answer in the context.
+    """
+    if recipe.prompts.world is not None:
         return
-    if prompt[-1]["role"] != "user":
-        raise ValueError(f"{where}: the last message must be the user's, is of {prompt[-1]['role']!r}.")
-    for message in prompt:
-        for part in [] if isinstance(message["content"], str) else message["content"]:
-            file = part.get("path") or part.get("image")
-            if part["type"] != "image" or not isinstance(file, str) or "://" in file:
-                continue
-            try:
-                Image.open(file).close()
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{where}: there is no image {file}.") from error
-            except UnidentifiedImageError as error:
-                raise ValueError(f"{where}: {file} is no image, or a broken one.") from error
+    path = checkpoint_path(recipe.model)
+    config, processor = Emu35Config.from_pretrained(path), Emu35Processor.from_pretrained(path)
+    stored = Emu35GenerationConfig.from_pretrained(path)
+    rooms = {task: _room(config, recipe.rollout.config(stored, task)) for task in prompt_tasks(prompts)}
+    for number in range(len(prompts)):
+        where = f"{recipe.prompts.path}, row {number}"
+        row = prompts[number]
+        prompt = as_messages(row["prompt"])
+        if not prompt:
+            raise ValueError(f"{where}: `prompt` is empty. Write one, or leave the row out.")
+        if prompt[-1].get("role") != "user":
+            raise ValueError(f"{where}: the last message must be the user's, is of {prompt[-1].get('role')!r}.")
+        try:
+            ids = processor.apply_chat_template([prompt], task=row["task"])["input_ids"][0]
+        except ROW_ERRORS as error:
+            raise ValueError(f"{where}: {error}") from error
+        if len(ids) > rooms[row["task"]]:
+            context = config.text_config.max_position_embeddings
+            raise ValueError(
+                f"{where}: the prompt has {len(ids)} tokens. An answer needs {context - rooms[row['task']]} of the "
+                f"context's {context}. Shorten it, or make images smaller."
+            )
+
+
+def _room(config: Emu35Config, settings: Emu35GenerationConfig) -> int:
+    """Tokens that a prompt may have."""
+    needed = 1
+    if settings.generation_mode == "image" and settings.height and settings.width:
+        factor = (config.vision_tokenizer_config or Emu35VisionTokenizerConfig()).downsampling_factor
+        needed = config.token_layout.num_image_tokens(settings.height // factor, settings.width // factor)
+    return config.text_config.max_position_embeddings - needed
+
+
+def one_of_each_task(prompts: Dataset) -> list[dict[str, Any]]:
+    """The first prompt of each task."""
+    tasks = prompts.with_format(None)["task" if "task" in prompts.column_names else "world_task"][:]
+    return prompts.__getitems__(sorted(tasks.index(task) for task in set(tasks)))
 
 
 def prompt_tasks(prompts: Dataset) -> set[str]:

@@ -22,10 +22,11 @@ from emu35.training.grpo import Emu35GRPOTrainer, last_checkpoint, load_policy, 
 from emu35.training.grpo_prompts import interleave, load_prompts, world_prompts
 from emu35.training.grpo_recipe import GRPORecipe
 from emu35.training.recipe import _build
-from emu35.training.rewards import RewardMix
+from emu35.training.rewards import RewardMix, SampleReward
 from emu35.training.shapes import Meaning, Question
 from emu35.training.shapes.edits import EditMeaning
 from emu35.training.train import train
+from PIL import Image
 from safetensors.torch import load_file
 
 SMALL = {"height": 8, "width": 8}
@@ -58,6 +59,20 @@ def too_much(prompts, completions, **columns):
 
 
 too_much.name, too_much.range = "too_much", (0.0, 1.0)
+
+
+def colourful(prompts, completions, images, colour, **columns):
+    return [0.5] * len(prompts)
+
+
+colourful.name, colourful.range = "colourful", (0.0, 1.0)
+
+
+class Brightest(SampleReward):
+    name = "brightest"
+
+    def scores(self, samples):
+        return [float(np.asarray(sample.images[0]).max()) for sample in samples]
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +172,9 @@ def test_answers_are_drawn_in_the_arithmetic_of_their_log_probabilities(make_rec
             return original(*args, **options)
 
         monkeypatch.setattr(module, name, spy)
-    for bf16 in (True, False):
-        seen.clear()
-        run(make_recipe(bf16=bf16, steps=1, prompts={"world": {"t2i": 1}}), tmp_path / str(bf16))
-        assert set(seen) == {("draw_answers", bf16), ("score_answers", bf16)}
+    few = {"rollouts_per_step": 4, "micro_batch": 4, "prompts": {"world": {"t2i": 1}}}
+    run(make_recipe(bf16=True, steps=1, **few), tmp_path)
+    assert set(seen) == {("draw_answers", True), ("score_answers", True)}
 
 
 def test_stories_and_pictures_in_one_batch(make_recipe, tmp_path):
@@ -193,6 +207,12 @@ def test_another_recipe_is_not_continued(make_recipe, finished):
     folder, _ = finished
     with pytest.raises(ValueError, match=r"another recipe \(different: learning_rate\)"):
         run(make_recipe(learning_rate=1e-3), folder)
+
+
+def test_a_falling_learning_rate_ties_a_run_to_its_steps(make_recipe, tmp_path):
+    run(make_recipe(steps=2, schedule="linear"), tmp_path)
+    with pytest.raises(ValueError, match=r"another recipe \(different: steps\)"):
+        run(make_recipe(steps=4, schedule="linear"), tmp_path)
 
 
 def _run_quietly(recipe, folder):
@@ -331,26 +351,52 @@ def test_bad_files(make_recipe, tmp_path, number, more, message):
         load_prompts(make_recipe(prompts=prompts))
 
 
+def shown(name):
+    return [{"role": "user", "content": [{"type": "image", "image": name}, {"type": "text", "text": "make it blue"}]}]
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(Emu35ForConditionalGeneration, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize(
     ("prompt", "error"),
     [
-        ([asked({"type": "image", "path": "FOLDER/none.png"})], "row 2: there is no image .*none"),
-        ([asked({"type": "image", "image": "FOLDER/text.png"})], "row 2: .*text.png is no image"),
+        (shown("none.png"), "row 2: .*none.png"),
+        (shown("text.png"), "row 2: .*text.png"),
+        (shown("cut.png"), "row 2: .*cut.png"),  # its head is in order
+        ([{"content": "a fox"}], "row 2: the last message must be the user's, is of None"),
         (
             [{**asked({"type": "text", "text": "a fox"}), "role": "assistant"}],
             "the last message must be the user",
         ),
         ([], "row 2: `prompt` is empty"),
+        ([asked({"type": "text", "text": "make it blue"})], "row 2: `task='x2i'` needs an image"),
+        (
+            [{"role": "user", "content": [*shown("fox.png")[0]["content"], {"type": "text", "text": "a " * 450}]}],
+            r"row 2: the prompt has \d+ tokens. An answer needs 11 of the context's 512",
+        ),
     ],
 )
 def test_rows_that_would_end_a_run(make_recipe, tmp_path, prompt, error):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "fox.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "fox.png").read_bytes()[:3000])
     (tmp_path / "text.png").write_text("no picture")
-    path = tmp_path / "prompts.jsonl"
-    prompts = [[asked({"type": "text", "text": "a fox"})], [asked({"type": "text", "text": "an owl"})], prompt]
-    rows = [json.dumps({"prompt": one, "task": "t2i"}).replace("FOLDER", str(tmp_path)) for one in prompts]
-    path.write_text("\n".join(rows))
-    with pytest.raises((FileNotFoundError, ValueError), match=error):
-        load_prompts(make_recipe(prompts={"path": str(path)}))
+    rows = [{"prompt": one, "task": "x2i"} for one in (shown("fox.png"), shown(str(tmp_path / "fox.png")), prompt)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=error):
+        run(make_recipe(prompts={"path": str(tmp_path / "prompts.jsonl")}), tmp_path / "run")
+
+
+def test_images_of_prompts_lie_beside_the_file(make_recipe, tmp_path):
+    rows = [{"prompt": shown(name), "task": "x2i"} for name in ("fox.png", str(tmp_path / "fox.png"), "a/b.png")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = load_prompts(make_recipe(prompts={"path": str(tmp_path / "prompts.jsonl")}))
+    found = [row["prompt"][0]["content"][0]["image"] for row in prompts]
+    assert found == [str(tmp_path / name) for name in ("fox.png", "fox.png", "a/b.png")]
 
 
 def test_missing_files_and_columns(make_recipe, tmp_path):
@@ -410,10 +456,15 @@ def test_recipes_that_cannot_work(make_recipe, changes, message):
         ({"rewards": [{"reward": f"{__name__}:blue"}]}, "cannot import"),
         ({"rewards": [{"reward": "WorldReward", "arguments": {"mark": 1}}]}, "WorldReward does not take"),
         ({"rewards": [{"reward": "WorldReward", "tasks": ["t2i"]}]}, "No reward counts for the task 'vqa'"),
+        ({"rewards": [{"reward": "Preservation"}]}, "'preservation' needs the column `reference_images`; there are: "),
+        ({"rewards": [{"reward": f"{__name__}:colourful"}]}, "'colourful' needs the column `colour`"),
+        ({"rewards": [{"reward": f"{__name__}:too_much"}]}, r"'too_much' returned 1.5 \(value 0\), out of its range"),
+        ({"rewards": [{"reward": f"{__name__}:too_few"}]}, r"'too_few' returned 2 values for 3 completions"),
+        ({"rewards": [{"reward": f"{__name__}:Brightest"}]}, r"'brightest' returned 255.0 \(value 0\), out of its"),
     ],
 )
-def test_errors_before_anything_is_loaded(make_recipe, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(Emu35ForConditionalGeneration, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_errors_before_anything_is_loaded(make_recipe, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(make_recipe(**changes), tmp_path)
 
@@ -444,14 +495,22 @@ def test_neither_the_command_line_nor_recipes_need_the_extra():
     assert found.stderr.strip().splitlines()[-1] == "ImportError: GRPO needs `trl`: `pip install 'emu35[train]'`."
 
 
-def test_rewards_out_of_range(make_recipe, tmp_path):
-    with pytest.raises(ValueError, match=r"'too_much' returned 1.5 \(value 0\), out of its range"):
-        run(make_recipe(rewards=[{"reward": f"{__name__}:too_much"}]), tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"schedule": "linaer"},
+            "`schedule` must be one of cosine, linear, constant, got 'linaer'. Did you mean 'lin",
+        ),
+        ({"attn_implementation": "sdpaa"}, "`attn_implementation` must be one of .* Did you mean 'sdpa'"),
+    ],
+)
+def test_slips_name_the_nearest(make_recipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_recipe(**changes)
 
 
 def test_rewards_of_a_wrong_length(make_recipe, tmp_path):
-    with pytest.raises(ValueError, match=r"'too_few' returned 11 .*12"):
-        run(make_recipe(rewards=[{"reward": f"{__name__}:too_few"}]), tmp_path)
     with pytest.raises(ValueError, match=r"'too_few' returned 11 rewards, but 12"):
         run(make_recipe(), tmp_path, rewards=too_few)
 

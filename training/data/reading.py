@@ -135,23 +135,25 @@ def _with_absolute_paths(row: dict, folder: Path) -> dict:
                 column = column[: -len(ending)].rstrip("_") or f"image{plural}"
         named[column] = value
 
-    def absolute(value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute(item) for item in value]
-        is_path = isinstance(value, str) and not value.startswith(("http://", "https://", "data:"))
-        return str((folder / value).absolute()) if is_path else value
-
-    row = {name: absolute(value) if name in _IMAGE_COLUMNS else value for name, value in named.items()}
+    row = {name: _absolute(value, folder) if name in _IMAGE_COLUMNS else value for name, value in named.items()}
     if isinstance(row.get("messages"), list):
-        row["messages"] = [_absolute_message(message, absolute) for message in row["messages"]]
+        row["messages"] = [absolute_message(message, folder) for message in row["messages"]]
     return row
 
 
-def _absolute_message(message: Any, absolute) -> Any:
+def _absolute(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_absolute(item, folder) for item in value]
+    is_path = isinstance(value, str) and not value.startswith(("http://", "https://", "data:"))
+    return str((folder / value).absolute()) if is_path else value
+
+
+def absolute_message(message: Any, folder: Path) -> Any:
+    """A message whose images' paths were relative to a folder."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
     content = [
-        {key: absolute(value) if key in ("image", "path") else value for key, value in item.items()}
+        {key: _absolute(value, folder) if key in ("image", "path") else value for key, value in item.items()}
         if isinstance(item, dict) and item.get("type") == "image"
         else item
         for item in message["content"]

@@ -10,6 +10,8 @@ from typing import Any
 from .base import Reward, SampleReward, attempt, check_lengths, log_failure
 
 LOWEST, HIGHEST = 1.0, 10.0
+_ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What TRL's trainers pass to every reward."""
 _TOLERANCE = 1e-6
 """By which part of its range a reward may overshoot: rounding in float32."""
 
@@ -146,6 +148,23 @@ class RewardMix:
                     f"data's: {', '.join(tasks)}."
                 )
 
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raises a ValueError if a reward needs a column that is not among them."""
+        columns = set(columns)
+        for component in self.components:
+            missing = [name for name in _needs(component.reward) if name not in columns]
+            if missing:
+                raise ValueError(
+                    f"The reward {component.name!r} needs the column `{missing[0]}`; there are: "
+                    f"{', '.join(sorted(columns))}. Add it to the prompts, or take the reward out."
+                )
+
+    def rehearse(self, prompts: list, completions: list, **columns: Any) -> None:
+        """A first call of the rewards that have nothing to load, for what it may raise, see [`__call__`]."""
+        light = [one for one in self.components if not _loads(one.reward)]
+        if light:
+            RewardMix(light)(prompts, completions, **columns)
+
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
         """
         Args:
@@ -219,6 +238,19 @@ class RewardMix:
                     log_metric(f"rewards/{name}/mean", report.mean)
             if log_extra is not None:
                 log_extra(name, list(report.values))
+
+
+def _needs(reward: Reward) -> Sequence[str]:
+    """The columns without which a reward cannot be called."""
+    if isinstance(reward, SampleReward):
+        return reward.needs
+    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    named = [one for one in signature(reward).parameters.values() if one.kind in by_name]
+    return [one.name for one in named if one.default is Parameter.empty and one.name not in _ALWAYS]
+
+
+def _loads(reward: Reward) -> bool:
+    return isinstance(reward, SampleReward) and type(reward).load is not SampleReward.load
 
 
 def _checked(component: Component, values: Any, length: int) -> list[float | None]:
