@@ -3,9 +3,9 @@
     python spaces/load_test.py --users 32 --requests 200 --output load.json
 
 Each user is a `gradio_client` with a session of its own and sends its requests one after the other. The result says
-how many were lost (anything but a picture), how long they waited for the model, whether they were served in the order
-in which they came, and how much memory the server took before and after. It imports nothing of ours, so that clients
-start at once.
+how many were lost (anything but a picture; the command then fails), how long they waited for the model, whether they
+were served in the order in which they came, and how much memory the server took before and after. It imports nothing
+of ours, so that clients start at once.
 """
 
 import argparse
@@ -195,8 +195,8 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def main(argv: list[str] | None = None):
-    """The command."""
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns 1 if requests were lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--requests", type=int, default=200)
@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None):
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     logger.warning("%s", json.dumps({name: result[name] for name in result if name != "requests_sent"}, indent=2))
+    return 1 if result["lost"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

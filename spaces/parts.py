@@ -275,9 +275,8 @@ def example_box(note: str, rows: Sequence[Sequence[Any]], inputs: Sequence[Any],
         rows: values of the `inputs`, for an upload the path of a picture; `labels` are what the page shows of them.
     """
     box = gr.Dataset(
-        components=[gr.Textbox(render=False)],
+        components=[gr.Radio(list(labels), render=False)],  # which is shown whole; a text would be cut
         samples=[[label] for label in labels],
-        sample_labels=list(labels),
         type="index",
         label=note,
     )
@@ -361,9 +360,9 @@ def clear_when_done(event: Any, status: gr.HTML, inputs: Sequence[Any]):
     )
 
 
-def png_button() -> gr.DownloadButton:
+def png_button(size: str = "md") -> gr.DownloadButton:
     """For a picture of those that are shown; see [`offer`]."""
-    return gr.DownloadButton("Download PNG", visible=False, size="md")
+    return gr.DownloadButton("Download PNG", visible=False, size=size, min_width=60)
 
 
 def offer(file: str | Path | None, what: str = "PNG") -> gr.DownloadButton:

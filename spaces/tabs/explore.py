@@ -78,7 +78,7 @@ def build(engine: Engine, examples: Examples) -> Link:
                 interactive=False,
                 height=380,
                 buttons=["fullscreen"],
-                elem_classes="pixels stage",
+                elem_classes="pixels stage view",
             )
             status = status_line()
             download = png_button()

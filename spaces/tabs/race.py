@@ -47,24 +47,32 @@ _BARS = """
 
 def build(engine: Engine, examples: Examples) -> Link:
     """Lays the tab out and connects it."""
-    prompt = prompt_box(engine, "Prompt", "What every decoder draws")
-    run, stop = run_buttons("Race")
-    example_box(examples.note, [[text] for text in examples.race], [prompt], examples.race)
-    with gr.Row(elem_classes="lanes"):
-        views, downloads = [], []
-        for name in engine.decoders:
-            with gr.Column(min_width=90):
-                view = gr.Image(
-                    label=name, type="filepath", format="png", interactive=False, buttons=[], elem_classes="pixels"
-                )
-                views.append(view)
-                downloads.append(png_button())
-    status = status_line()
-    waiting = compare(dict.fromkeys(engine.decoders, Update()))
-    results = gr.HTML(waiting, html_template=_BARS, label="Results", apply_default_css=False)
-    results.api_info = lambda: {"type": "array", "items": {"type": "object"}}
-    with gr.Accordion("Settings", open=False):
-        seed = seed_box()
+    with gr.Row():
+        with gr.Column(scale=5, min_width=300):
+            prompt = prompt_box(engine, "Prompt", "What every decoder draws")
+            run, stop = run_buttons("Race")
+            example_box(examples.note, [[text] for text in examples.race], [prompt], examples.race)
+            with gr.Accordion("Settings", open=False):
+                seed = seed_box()
+        with gr.Column(scale=7, min_width=300):
+            views, downloads = [], []
+            with gr.Row(elem_classes="lanes"):
+                for name in engine.decoders:
+                    with gr.Column(min_width=60):
+                        view = gr.Image(
+                            label=name,
+                            type="filepath",
+                            format="png",
+                            interactive=False,
+                            buttons=[],
+                            elem_classes="pixels",
+                        )
+                        views.append(view)
+                        downloads.append(png_button("sm"))
+            status = status_line()
+            waiting = compare(dict.fromkeys(engine.decoders, Update()))
+            results = gr.HTML(waiting, html_template=_BARS, label="Results", apply_default_css=False, padding=False)
+            results.api_info = lambda: {"type": "array", "items": {"type": "object"}}
 
     def race(request: gr.Request, prompt: str, seed: float | None = None):
         """The same picture by every decoder, each with the model to itself."""

@@ -1,7 +1,8 @@
 """The Space in a real browser, on the tiny model: `pytest -m slow tests/spaces/test_browser.py -s`.
 
 Needs Chromium, and `pip install -c constraints.txt -e ".[browser]"`. EMU35_SCREENSHOTS names a folder for pictures of
-the tabs; EMU35_SPACE_URL an app that runs already, instead of one that is started here.
+the tabs (`python tests/spaces/take_screenshots.py` makes README's of them); EMU35_SPACE_URL an app that runs already,
+instead of one that is started here.
 """
 
 import os
@@ -13,8 +14,10 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from emu35.spaces.examples import PICTURES, TINY
 from PIL import Image
 
 pytest.importorskip("gradio")
@@ -34,7 +37,7 @@ TABS = {
 }
 """Each tab with its one primary button."""
 DESKTOP, PHONE = (1200, 900), (390, 844)
-PATIENCE = 240_000
+PATIENCE = 120_000
 expect.set_options(timeout=PATIENCE)
 
 
@@ -82,14 +85,17 @@ def server(browser, tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser, server):
-    """`open_page(size, theme, query)`: a fresh page of a new visitor, which must not have errors of its own."""
+    """`open_page(size, theme, query, script)`: a fresh page of a new visitor, without errors of its own."""
     contexts, problems = [], []
 
-    def open_(size: tuple[int, int] = DESKTOP, theme: str = "light", query: str = ""):
+    def open_(size: tuple[int, int] = DESKTOP, theme: str = "light", query: str = "", script: str = ""):
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, reduced_motion="reduce")
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
         page = context.new_page()
+        if script:  # before any of the page's own
+            page.add_init_script(script)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(f"{server[0]}/?__theme={theme}{query}")
         expect(page.get_by_role("tab", selected=True)).to_be_visible(timeout=PATIENCE)
@@ -122,6 +128,13 @@ class Tab:
         self.panel = page.get_by_role("tabpanel").filter(visible=True)
         self.run_button = self.panel.get_by_role("button", name=TABS[name], exact=True)
         self.status = self.panel.locator(".status")
+
+    def unfold(self):
+        """Opens what is folded."""
+        folded = self.panel.locator("button.label-wrap:not(.open)")
+        while folded.count():
+            folded.first.click()
+            self.page.wait_for_timeout(200)
 
     def example(self, number: int = 0):
         """Fills the inputs."""
@@ -197,6 +210,50 @@ def test_the_address_carries_settings(open_page):
     expect(panel.get_by_role("button", name="Race", exact=True)).to_be_visible()
 
 
+def test_the_address_carries_what_an_edit_is_made_with(open_page):
+    page = open_page(query="&tab=edit&decoder=dida&steps=4&guidance=1.5&seed=3&__sign=secret")
+    tab = Tab(page, "Edit").try_example()
+    expect(tab.status).to_contain_text("5 passes")
+    query = parse_qs(urlsplit(page.url).query)
+    made_with = {name: query[name] for name in ("tab", "prompt", "seed", "guidance", "decoder", "steps")}
+    assert made_with == {
+        "tab": ["edit"], "prompt": ["make the square green."], "seed": ["3"], "guidance": ["1.5"],
+        "decoder": ["dida"], "steps": ["4"],
+    }  # fmt: skip
+    assert "__sign" not in query and query["__theme"] == ["light"]
+
+
+@pytest.mark.parametrize("clipboard", [True, False], ids=["clipboard", "none, as on plain http"])
+def test_copy_link(open_page, clipboard):
+    hide = "Object.defineProperty(navigator, 'clipboard', {value: undefined});"
+    page = open_page(query="&tab=race&seed=5&__sign=secret", script="" if clipboard else hide)
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.locator("#copy-link")).to_have_text("Copied")
+    expect(page.locator("#emu35-said")).to_have_text("Link copied")
+    if clipboard:
+        copied = page.evaluate("navigator.clipboard.readText()")
+    else:
+        prompt = page.get_by_label("Prompt").filter(visible=True)
+        prompt.focus()
+        page.keyboard.press("Control+V")
+        copied = prompt.input_value()
+    assert "tab=race" in copied and "seed=5" in copied and "secret" not in copied
+    expect(page.locator("#copy-link")).to_have_text("Copy link", timeout=10_000)
+
+
+def test_light_and_dark(open_page):
+    page = open_page(theme="light")
+    shade = page.get_by_role("button", name="Light or dark")
+    brightness = "parseInt(getComputedStyle(document.querySelector('gradio-app')).backgroundColor.match(/\\d+/)[0])"
+    assert page.evaluate(brightness) > 200
+    shade.click()
+    page.wait_for_timeout(500)
+    assert page.evaluate(brightness) < 60
+    shade.click()
+    page.wait_for_timeout(500)
+    assert page.evaluate(brightness) > 200
+
+
 def test_stop(open_page):
     tab = Tab(open_page(), "Tell and show")
     tab.panel.get_by_label("Prompt").fill(
@@ -227,8 +284,36 @@ def test_a_refused_upload_says_why(open_page, tmp_path):
     page.wait_for_timeout(1000)  # the upload itself
     tab.run()
     expect(tab.status).to_contain_text("no picture that can be read")
-    expect(page.get_by_role("alert").first).to_contain_text("no picture that can be read")
+    expect(page.get_by_test_id("toast-body").first).to_contain_text("no picture that can be read")
     assert str(tmp_path) not in page.content()
+
+
+def test_an_upload_is_refused_after_an_example_too(open_page, tmp_path):
+    """An example must not bring back gradio's own component, which would open the file."""
+    fake = tmp_path / "picture.png"
+    fake.write_text("no picture")
+    page = open_page()
+    tab = Tab(page, "Edit")
+    tab.example()
+    expect(tab.pictures("Picture to edit")).to_have_count(1)
+    tab.panel.get_by_role("button", name=re.compile("Remove|Clear")).first.click()
+    tab.panel.locator("input[type=file]").first.set_input_files(fake)
+    page.wait_for_timeout(1000)
+    tab.run()
+    expect(tab.status).to_contain_text("no picture that can be read")
+
+
+def test_edit_with_three_pictures(open_page):
+    tab = Tab(open_page(), "Edit")
+    tab.example(2)  # two of them
+    tab.unfold()
+    expect(tab.pictures("Second picture")).to_have_count(1)
+    third = tab.panel.locator(".block.upload", has=tab.page.get_by_text("Third picture", exact=True))
+    third.locator("input[type=file]").set_input_files(PICTURES / "ring.png")
+    expect(third.locator("img")).to_be_visible()
+    tab.run()
+    tab.wait()
+    expect(tab.pictures("Before and after")).to_have_count(2)
 
 
 def test_ask_again_about_the_same_picture(open_page):
@@ -248,6 +333,14 @@ def test_tell_folds_thoughts_and_gives_a_page(open_page):
     assert "travels" in page and page.count("<img") >= 3
     thought = tab.panel.get_by_text("Thought before a picture").first
     expect(thought).to_be_visible()
+    tab.panel.get_by_label("Prompt").fill("what color is the circle?")
+    tab.run()
+    tab.wait()
+    expect(tab.panel.locator(".chat")).to_contain_text("what color is the circle?")
+    expect(tab.panel.locator(".chat img")).to_have_count(3)  # the story is still there
+    expect(tab.panel.get_by_label("Prompt")).to_be_empty()
+    tab.panel.get_by_role("button", name="New conversation").click()
+    expect(tab.panel.locator(".chat img")).to_have_count(0)
 
 
 @pytest.mark.parametrize("start", [0, 1], ids=["in words", "in a picture"])
@@ -260,12 +353,18 @@ def test_explore_move_by_move(open_page, start):
         expect(tab.pictures("Trail")).to_have_count(number)
         tab.wait()
     expect(tab.pictures("View")).to_have_count(1)
+    with Image.open(tab.download("Download PNG")) as image:
+        assert image.text["prompt"] == "go east."
 
 
 def test_robot_plans_key_frames(open_page):
     tab = Tab(open_page(), "Robot").try_example()
     expect(tab.pictures("Sub-tasks")).to_have_count(3)
     expect(tab.panel).to_contain_text("pick up the red block.")
+    tab.pictures("Sub-tasks").nth(1).click()
+    expect(tab.panel.get_by_text("Download PNG", exact=True)).to_be_visible()
+    with Image.open(tab.download("Download PNG")) as image:
+        assert image.text["prompt"] == "pick up the red block."
 
 
 def test_race_shows_time_and_passes_of_each(open_page):
@@ -275,6 +374,8 @@ def test_race_shows_time_and_passes_of_each(open_page):
     expect(rows).to_have_count(3)
     expect(rows.first).to_contain_text("36")
     expect(tab.panel.locator("tr.first")).to_have_count(1)
+    with Image.open(tab.download("Download speculative")) as image:
+        assert image.text["image_decoder"] == "speculative"
 
 
 def test_by_keyboard_alone(open_page):
@@ -288,6 +389,37 @@ def test_by_keyboard_alone(open_page):
     expect(page.locator(".status.is-done").filter(visible=True)).to_be_visible()
 
 
+def press_tab_until(page, name: str):
+    """Moves the focus on to a button or tab by its name."""
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.textContent.trim()") == name:
+            return
+    pytest.fail(f"the Tab key does not lead to {name!r}")
+
+
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [("Edit", "make the square green."), ("Ask", "what color is the square?"), ("Race", TINY.race[0])],
+)
+def test_other_tabs_by_keyboard_alone(open_page, name, example):
+    """To the tab, an example, the primary button, and Stop."""
+    page = open_page()
+    press_tab_until(page, name)
+    page.keyboard.press("Enter")
+    press_tab_until(page, example)
+    page.keyboard.press("Enter")
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    expect(panel.get_by_role("textbox").first).to_have_value(example)
+    for _ in range(80):  # back to the button
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.textContent.trim()") == TABS[name]:
+            break
+    page.keyboard.press("Enter")
+    expect(panel.get_by_role("button", name="Stop", exact=True)).to_be_enabled()
+    expect(panel.locator(".status.is-done")).to_be_visible()
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_serious_accessibility_findings(open_page, theme, screenshots):
     """Each tab with what it made, and its settings open; also what the screenshots show."""
@@ -296,10 +428,7 @@ def test_no_serious_accessibility_findings(open_page, theme, screenshots):
         tab = Tab(page, name).try_example()
         page.wait_for_timeout(500)
         page.screenshot(path=screenshots / f"{name.split()[0].lower()}-{theme}.png")
-        folded = tab.panel.locator("button.label-wrap:not(.open)")
-        while folded.count():
-            folded.first.click()
-            page.wait_for_timeout(200)
+        tab.unfold()
         found = axe.Axe().run(page).response["violations"]
         findings += [
             f"{name}: {one['id']} ({one['impact']}): {one['help']}: {node['html'][:200]}"
@@ -313,8 +442,17 @@ def test_no_serious_accessibility_findings(open_page, theme, screenshots):
 def test_no_overflow_on_a_phone(open_page, screenshots):
     page = open_page(PHONE)
     for name in TABS:
-        Tab(page, name).try_example()
+        tab = Tab(page, name).try_example()
         page.wait_for_timeout(500)
         page.screenshot(path=screenshots / f"{name.split()[0].lower()}-phone.png")
-        too_wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        assert too_wide <= 0, f"{name}: {too_wide} pixels"
+        for state in ("folded", "open"):
+            too_wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert too_wide <= 0, f"{name}, {state}: {too_wide} pixels"
+            outside = tab.panel.locator("button, input, label, h1, p, td").evaluate_all(
+                """all => all.filter(one => {
+                    const box = one.getBoundingClientRect();
+                    return box.width && one.checkVisibility() && (box.right > innerWidth + 1 || box.left < -1);
+                }).map(one => one.outerHTML.slice(0, 120))"""
+            )
+            assert not outside, f"{name}, {state}: {outside}"
+            tab.unfold()
