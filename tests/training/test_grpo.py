@@ -249,8 +249,15 @@ def test_two_processes_do_what_one_does(make_recipe, tmp_path, loss_type):
 LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
 
 
-def test_an_adapter_stays_near_the_model_without_it(make_recipe, tmp_path):
+def test_an_adapter_stays_near_the_model_without_it(make_recipe, checkpoint, tiny_processor, tmp_path, monkeypatch):
     recipe = make_recipe(lora=LORA, beta=0.5, steps=2, learning_rate=0.05, updates_per_rollout=1)
+    original, batches = Emu35GRPOTrainer._compute_loss, []
+
+    def spy(self, model, inputs):
+        batches.append(inputs)
+        return original(self, model, inputs)
+
+    monkeypatch.setattr(Emu35GRPOTrainer, "_compute_loss", spy)
     log = run(recipe, tmp_path)
     assert log[0]["kl"] == pytest.approx(0, abs=1e-6)  # the fresh adapter does nothing
     assert log[1]["kl/visual"] > 0 and log[1]["kl/text"] > 0
@@ -261,6 +268,17 @@ def test_an_adapter_stays_near_the_model_without_it(make_recipe, tmp_path):
     state = load_file(tmp_path / "export" / "adapter_model.safetensors")
     assert all(".q_proj." in name or ".v_proj." in name for name in state)
     assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
+    last, base = batches[-1], Emu35ForConditionalGeneration.from_pretrained(checkpoint).eval()
+    ids, mask = (torch.cat([last[f"prompt_{name}"], last[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    with torch.no_grad():
+        scores = rollout.score_answers(base, ids, mask, last["token_kinds"], recipe.rollout)
+        inputs = tiny_processor(text="a red fox", task="t2i")
+        larger = {"task": "t2i", "generation_mode": "image", "height": 32, "width": 32}
+        plain = base.generate(**inputs, **larger, do_sample=False)
+        base.load_adapter(str(tmp_path / "export"))
+        adapted = base.generate(**inputs, **larger, do_sample=False)
+    torch.testing.assert_close(last["ref_per_token_logps"], scores["log_probs"], atol=1e-5, rtol=0)
+    assert plain.sequences.tolist() != adapted.sequences.tolist()
 
 
 def test_an_adapter_on_quantised_weights(make_recipe, tmp_path):

@@ -94,6 +94,23 @@ def test_log_probabilities_are_those_of_the_sampler(model, drawn):
         assert not scores["log_probs"][row, ~own].any()
 
 
+@pytest.mark.parametrize("image_decoder", ["ar", "speculative"])
+def test_codes_are_drawn_from_what_is_scored(model, tiny_processor, image_decoder):
+    """On average, the log-probability of what is drawn from a distribution is the negative of its entropy."""
+    settings = RolloutSettings(image_temperature=1.0, image_decoder=image_decoder, generate=GENERATE)
+    answers = draw(model, tiny_processor, PROMPTS[:1] * 64, range(64), settings)
+    assert len({tuple(answer.ids) for answer in answers}) > 50
+    ids, mask, kinds = pad(answers)
+    surprise = {}
+    for temperature in (1.0, 1.4, 0.8):
+        settings.image_temperature = temperature
+        with torch.no_grad():
+            scores = score_answers(model, ids, mask, kinds, settings)
+        values = (scores["log_probs"] + scores["entropies"])[kinds == TokenKind.VISUAL].double()
+        surprise[temperature] = float(values.sum() / values.square().sum().sqrt())  # about normal, if drawn from it
+    assert abs(surprise[1.0]) < 3 and surprise[0.8] < -4 and surprise[1.4] > 4
+
+
 def test_in_bfloat16_they_differ_by_rounding_only(model, tiny_processor):
     """What is drawn in float32 is of another distribution. Token by token or all at once, only sums' order differs."""
     settings = RolloutSettings(generate=GENERATE)
