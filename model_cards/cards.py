@@ -1,12 +1,16 @@
 """Model cards from the templates beside this file: the front matter and the sections that cards of a kind share."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATES = Path(__file__).parent / "templates"
+#: What a result depends on, besides data and recipe.
+_MADE_BY = ("emu35", "torch", "transformers", "peft", "trl", "bitsandbytes")
 _USE_ADAPTER = """\
 ```python
 import emu35
@@ -53,6 +57,14 @@ def base_name(model: str) -> str:
     return "emu35.TINY" if model == "tiny" else model
 
 
+def base_license(model: str) -> str:
+    """The licence of a base model as the Hub names it; "other" where neither we nor a card beside it say."""
+    if model == "tiny" or model.startswith("BAAI/Emu3.5"):
+        return "apache-2.0"
+    card = Path(model, "README.md")
+    return (ModelCard.load(card).data.license or "other") if card.is_file() else "other"
+
+
 def finetuned_card(
     model: str,
     *,
@@ -63,6 +75,7 @@ def finetuned_card(
     results: str,
     recipe: str,
     tags: Sequence[str] = (),
+    eval_results: Sequence[EvalResult] = (),
 ) -> ModelCard:
     """The card of what fine-tuning has made: an adapter, or a whole model.
 
@@ -73,9 +86,15 @@ def finetuned_card(
         data (`str`), results (`str`): Markdown of what it was trained on, and of what was measured.
         recipe (`str`): the YAML.
         tags (`Sequence[str]`): further ones.
+        eval_results (`Sequence[EvalResult]`): what was measured, for the Hub's model index; `results` tells it people.
     """
     names_repository = model != "tiny" and not Path(model).exists()  # the Hub refuses what is no name of one
+    licence = base_license(model)
     front_matter = ModelCardData(
+        model_name=title if eval_results else None,
+        eval_results=list(eval_results) or None,
+        license=licence,
+        license_name="that-of-the-base-model" if licence == "other" else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="any-to-any",
         tags=["emu35", *(["lora"] if is_adapter else []), *tags],
@@ -95,4 +114,5 @@ def finetuned_card(
         data=data,
         results=results.rstrip("\n"),
         recipe=recipe.rstrip("\n"),
+        versions=", ".join(f"{name} {version(name)}" for name in _MADE_BY if find_spec(name) is not None),
     )

@@ -14,7 +14,7 @@ from emu35.model_cards import generate, tables
 from emu35.model_cards.cards import finetuned_card
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.training.memory import count_parameters
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from transformers import BitsAndBytesConfig
 
 ROOT = Path(__file__).parents[2]
@@ -216,12 +216,31 @@ def test_card_of_a_fine_tuned_model(model, base, is_adapter, tmp_path, monkeypat
     metadata = yaml.safe_load(metadata)
     assert metadata.get("base_model") == base  # the Hub refuses what is no name of a repository
     assert metadata.get("base_model_relation") == (base and ("adapter" if is_adapter else "finetune"))
+    assert metadata["license"] == ("other" if model == "a/folder" else "apache-2.0")
+    assert ("license_name" in metadata) == (model == "a/folder") and "model-index" not in metadata
     assert metadata["library_name"] == ("peft" if is_adapter else "transformers")
     assert metadata["tags"] == ["emu35", *(["lora"] if is_adapter else []), "mine"]
     shown = "emu35.TINY" if model == "tiny" else f'"{model}"'
     assert (f"from_pretrained({shown}" in text) == ("load_adapter(" in text) == is_adapter
     for part in ("# Mine\n\nIt draws.\n", "- 12 pictures of mine\n", "| loss | 1 |", "```yaml\nmethod: sft\n```\n"):
         assert part in text, part
-    for section in ("Use", "Intended use", "Limits", "Risks", "Training data", "Results", "Recipe"):
+    for section in ("Use", "Intended use", "Limits", "Risks", "Memory", "Training data", "Results", "Reproduce"):
         assert f"\n## {section}\n" in text, section
     assert not re.search(r"{{|\bNone\b|\n\n\n", text)
+
+
+def test_card_of_a_fine_tuned_model_has_what_was_measured(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A base\n")
+    measured = EvalResult(
+        task_type="text-to-image",
+        dataset_type="mine",
+        dataset_name="My pictures",
+        metric_type="accuracy",
+        metric_value=91.5,
+    )
+    about = {"title": "Mine", "description": "", "is_adapter": True, "data": "-", "results": "-", "recipe": "-"}
+    card = finetuned_card(str(tmp_path), **about, eval_results=[measured])
+    assert card.data.license == "cc-by-4.0"  # of the base's own card
+    (entry,) = yaml.safe_load(card.content.split("---\n")[1])["model-index"]
+    assert entry["name"] == "Mine" and entry["results"][0]["metrics"][0]["value"] == 91.5
+    assert f"torch {torch.__version__}" in card.text
