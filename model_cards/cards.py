@@ -1,8 +1,7 @@
 """Model cards from the templates beside this file: the front matter and the sections that cards of a kind share."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,13 @@ def render(template: str, front_matter: ModelCardData, **values: Any) -> ModelCa
 def base_name(model: str) -> str:
     """A recipe's `model` as code and cards name it."""
     return "emu35.TINY" if model == "tiny" else model
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def base_license(model: str) -> str:
@@ -114,5 +120,5 @@ def finetuned_card(
         data=data,
         results=results.rstrip("\n"),
         recipe=recipe.rstrip("\n"),
-        versions=", ".join(f"{name} {version(name)}" for name in _MADE_BY if find_spec(name) is not None),
+        versions=", ".join(f"{name} {found}" for name in _MADE_BY if (found := _version(name)) is not None),
     )
