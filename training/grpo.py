@@ -54,7 +54,7 @@ from .rollout import TokenKind, add_answer_scores, answer_seed, as_messages, dra
 logger = logging.getLogger(__name__)
 
 #: Fields of a recipe that may change between a run and its continuation: they do not move the curves.
-_FREE_FIELDS = ("output_dir", "export_dir", "log_every", "save_every", "samples_every")
+_FREE_FIELDS = ("output_dir", "export_dir", "hardware", "log_every", "save_every", "samples_every")
 #: Columns that answers add to those of the prompts.
 _ANSWER_COLUMNS = ("images", "texts", "segments", "messages")
 #: Written last: a checkpoint without it was cut short.

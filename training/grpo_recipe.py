@@ -9,7 +9,7 @@ from . import rewards
 from .recipe import _require, _require_one_of, _unknown
 from .rewards import Component, RewardMix, SampleReward
 from .rollout import RolloutSettings
-from .sft_recipe import ATTENTIONS, SCHEDULES, SFTLoRARecipe
+from .sft_recipe import ATTENTIONS, SCHEDULES, HardwareRecipe, SFTLoRARecipe
 from .shapes import EPISODES
 
 LOSS_TYPES = ("grpo", "dapo", "bnpo")
@@ -122,6 +122,7 @@ class GRPORecipe:
         dtype (`str`): of the frozen weights under an adapter; what is trained is float32.
         bf16 (`bool`): autocast.
         gradient_checkpointing (`bool`), attn_implementation (`str`): see [`SFTRecipe`].
+        hardware ([`HardwareRecipe`]): what `--dry-run` works the memory out for.
         log_every (`int`), save_every (`int`), samples_every (`int`): in steps.
     """
 
@@ -153,6 +154,7 @@ class GRPORecipe:
     bf16: bool = False
     gradient_checkpointing: bool = False
     attn_implementation: str = "sdpa"
+    hardware: HardwareRecipe = field(default_factory=HardwareRecipe)
     log_every: int = 1
     save_every: int = 20
     samples_every: int = 20
@@ -188,6 +190,8 @@ class GRPORecipe:
         if self.reference is not None and (self.lora is not None or not self.beta):
             why = "with `lora` it is the model without the adapter" if self.lora else "`beta` is 0"
             raise ValueError(f"`reference`={self.reference!r} has no effect: {why}. Leave it out.")
+        whole = '"none": answers are drawn by a whole model on each GPU'
+        _require(self.hardware.sharding == "none", "hardware.sharding", self.hardware.sharding, whole)
         if self.lora is None:
             _require(self.dtype == "float32", "dtype", self.dtype, '"float32" without `lora`: all weights are trained')
         else:

@@ -7,6 +7,7 @@ from emu35.configuration_emu35 import Emu35Config
 
 from .data import is_prepared
 from .memory import count_adapter, count_parameters, estimate_memory, format_memory
+from .recipe import checkpoint_path
 from .sft_recipe import SFTRecipe, SourceRecipe
 
 
@@ -15,7 +16,7 @@ def plan(recipe: SFTRecipe) -> str:
 
     What is not there (data, a model) is said and not an error, so that a run can be planned anywhere.
     """
-    config, where = _find_config(recipe)
+    config, where = find_config(recipe.model)
     recipe.check_context(config)
     numbers, text = count_parameters(config), config.text_config
     total, lora = numbers["layers"] + numbers["embeddings"], recipe.lora
@@ -44,14 +45,12 @@ def plan(recipe: SFTRecipe) -> str:
     return "\n".join([*lines, format_memory(items, hardware.gpu_memory)])
 
 
-def _find_config(recipe: SFTRecipe) -> tuple[Emu35Config, str]:
-    if recipe.model == "tiny":
-        import emu35
-
-        return Emu35Config.from_pretrained(emu35.TINY), "tiny"
-    if Path(recipe.model, "config.json").is_file():
-        return Emu35Config.from_pretrained(recipe.model), recipe.model
-    return Emu35Config(), f"{recipe.model} (not on this disk: sizes are the released model's)"
+def find_config(model: str) -> tuple[Emu35Config, str]:
+    """The configuration of a recipe's model, or the released one's if it is not there, and what to call it."""
+    path = checkpoint_path(model)
+    if Path(path, "config.json").is_file():
+        return Emu35Config.from_pretrained(path), model
+    return Emu35Config(), f"{model} (not on this disk: sizes are the released model's)"
 
 
 def _describe(recipe: SourceRecipe, whole: SFTRecipe) -> str:

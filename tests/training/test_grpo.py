@@ -19,9 +19,10 @@ from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.training import grpo, rollout
 from emu35.training.checkpointing import read_log
 from emu35.training.grpo import Emu35GRPOTrainer, last_checkpoint, load_policy, train_grpo
+from emu35.training.grpo_plan import estimate_grpo_memory, lengths, plan
 from emu35.training.grpo_prompts import interleave, load_prompts, world_prompts
 from emu35.training.grpo_recipe import GRPORecipe
-from emu35.training.recipe import _build
+from emu35.training.recipe import _build, load_recipe
 from emu35.training.rewards import RewardMix, SampleReward
 from emu35.training.shapes import Meaning, Question
 from emu35.training.shapes.edits import EditMeaning
@@ -428,6 +429,40 @@ def test_missing_files_and_columns(make_recipe, tmp_path):
         load_prompts(make_recipe(prompts={"path": str(tmp_path / "some.csv")}))
 
 
+# ---------------------------------------------------------------------------------------------------------- plan
+
+
+def bytes_of(recipe, config):
+    return {item.name: item.bytes for item in estimate_grpo_memory(recipe, config)}
+
+
+def test_a_plan_says_what_is_asked_scored_and_needed(make_recipe):
+    text = plan(make_recipe())
+    assert "world of shapes: t2i 33%, x2i 33%, vqa 33%" in text and "red (weight 1)" in text
+    assert "4 to each of 3 prompts" in text and "fits into 80 GiB" in text
+    missing = make_recipe(prompts={"path": "none.jsonl"}, model="none")
+    assert "none.jsonl, NOT ON THIS DISK" in plan(missing) and "none (not on this disk" in plan(missing)
+
+
+def test_memory_of_answers_and_of_a_reference(make_recipe, shared_tiny_model):
+    config = shared_tiny_model.config
+    weights = sum(p.numel() for name, p in shared_tiny_model.named_parameters() if "vision" not in name)
+    recipe = make_recipe(rollout={"generate": GENERATE, "batch_size": 5})
+    found = lengths(recipe, config)
+    assert {task: answer for task, (_, answer) in found.items()} == {"t2i": 11, "x2i": 11, "vqa": 4}
+    assert found["x2i"][0] > found["t2i"][0]  # its prompt shows an image
+    plain, referred = (bytes_of(make_recipe(**more), config) for more in ({}, {"beta": 0.1, "reference": "start"}))
+    assert plain["weights"] == 4 * weights and referred["reference"] == 4 * weights and "reference" not in plain
+    text, longest = config.text_config, max(map(sum, found.values()))
+    each = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4 * longest
+    assert (bytes_of(recipe, config)["cache"], plain["cache"]) == (5 * each, 12 * each)
+
+
+def test_the_released_size_fits_where_its_recipe_says():
+    text = plan(load_recipe(Path(__file__).parents[2] / "training" / "recipes" / "grpo-34b.yaml"))
+    assert "34.1 B weights" in text and "fits into 80 GiB" in text and "DOES NOT" not in text
+
+
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
@@ -458,6 +493,7 @@ def test_shipped_recipes(name):
         ({"prompts": {}}, "exactly one of `world` and `path`"),
         ({"prompts": {"world": {"t2j": 1}}}, "unknown key 't2j'. Did you mean 't2i'"),
         ({"prompts": {"world": {"chat": 1}}}, "unknown key 'chat'"),
+        ({"hardware": {"sharding": "zero3"}}, '`hardware.sharding` must be "none"'),
     ],
 )
 def test_recipes_that_cannot_work(make_recipe, changes, message):
