@@ -30,6 +30,7 @@ from .bench_decode_emu35 import bench_decode, decode_tables, decode_targets
 from .bench_dida_emu35 import bench_dida, dida_tables, dida_targets
 from .bench_memory_emu35 import TINY_DECODER, bench_loss, bench_vision, build_model, timed
 from .configuration_emu35 import Emu35TextConfig
+from .devices_emu35 import device_name
 from .modeling_emu35 import Emu35ForConditionalGeneration
 
 PARTS = ("image", "vision", "loss", "start", "decode", "dida")
@@ -126,15 +127,9 @@ def run_benchmark(
 
 def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
     return {
         "device": device,
-        "name": name,
+        "name": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

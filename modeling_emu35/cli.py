@@ -353,6 +353,18 @@ def _add_image_decoder(command: argparse.ArgumentParser):
     )
     group.add_argument("--steps", type=_positive, metavar="N", help="dida: denoising steps")
     group.add_argument("--adapter", metavar="DIR", help="dida: adapter (for the tiny model: the one shipped with it)")
+    group.add_argument(
+        "--guidance-cutoff", type=float, metavar="T", help="dida: no guidance from time T on (0: noise, 1: image)"
+    )
+    group.add_argument(
+        "--verify-codes",
+        action="store_true",
+        default=None,
+        help="dida: no code remains that the model's own filters exclude; wrong ones are made anew, in more passes",
+    )
+    group.add_argument(
+        "--guidance-scale-end", type=float, metavar="X", help="dida: guidance goes from --guidance-scale to X"
+    )
 
 
 def _add_model_options(command: argparse.ArgumentParser):
@@ -682,7 +694,7 @@ def _compare_decoders(args: argparse.Namespace, output: Path | None, plot: Path 
 
         adapters = {"dida": TINY_DIDA}
     options = {"seed": args.seed, "batch_size": args.batch_size, "path": output}
-    options |= _settings(args, "guidance_scale")
+    options |= _settings(args, "guidance_scale") | {"dida_settings": _settings(args, *_OF_DIDA)}
     results = compare_decoders(model, processor, adapters, args.num, **options)
     print(format_comparison(results))
     if output is not None:
@@ -737,14 +749,18 @@ def _settings(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+_OF_DIDA = ("guidance_cutoff", "guidance_scale_end", "verify_codes")
+
+
 def _image_decoder_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of `generate` from the options of the image decoder."""
-    decoders = {"window": "speculative", "coupling": "speculative", "steps": "dida", "adapter": "dida"}
+    decoders = {"window": "speculative", "coupling": "speculative"}
+    decoders |= dict.fromkeys(("steps", "adapter", *_OF_DIDA), "dida")
     for name in _settings(args, *decoders):
         if args.image_decoder != decoders[name]:
-            raise ValueError(f"--{name} is for --image-decoder {decoders[name]}.")
+            raise ValueError(f"--{name.replace('_', '-')} is for --image-decoder {decoders[name]}.")
     names = {"steps": "num_inference_steps", "window": "speculative_window"}
-    given = _settings(args, "image_decoder", "window", "coupling", "steps")
+    given = _settings(args, "image_decoder", "window", "coupling", "steps", *_OF_DIDA)
     return {names.get(name, name): value for name, value in given.items()}
 
 

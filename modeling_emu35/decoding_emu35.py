@@ -338,13 +338,14 @@ class ImageRequest:
         generator: one for the batch or one a row.
         max_codes (`int`, *optional*): stop after that many codes of the grid.
         speculative_window, coupling: see [`decode_speculative`].
-        scheduler, num_inference_steps, guidance_scale_end, guidance_cutoff: see [`decode_dida`].
+        scheduler, num_inference_steps, guidance_scale_end, guidance_cutoff, verify_codes: see [`decode_dida`].
         on_codes (`Callable`, *optional*):
             called with the `(batch,)` codes of one position, in order, from position `num_cached` on, as they come.
         should_stop (`Callable`, *optional*):
             asked after every pass and after every call of `on_codes`; `True`: return with the codes there are.
         on_step (`Callable`, *optional*):
-            called after every denoising step with its number and the codes `(batch, token_height, token_width)`.
+            called after every denoising step with its number and the codes `(batch, token_height, token_width)`; again
+            with the last number for steps that `verify_codes` adds.
 
     Attributes:
         statistics (`list[ImageStatistics]`): one for each row, which the decoder fills in.
@@ -367,6 +368,7 @@ class ImageRequest:
     num_inference_steps: int = 16
     guidance_scale_end: float | None = None
     guidance_cutoff: float | None = None
+    verify_codes: bool = False
     on_codes: Callable[[torch.LongTensor], None] | None = field(default=None, repr=False)
     should_stop: Callable[[], bool] | None = field(default=None, repr=False)
     on_step: Callable[[int, torch.LongTensor], None] | None = field(default=None, repr=False)

@@ -12,7 +12,8 @@ them causally, as if `ar` had made them.
 """
 
 import contextlib
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "scheduler_
 
 #: Most bytes of weights that are kept with the adapter added to them.
 MERGED_BYTES = 2**30
+
+#: Times of steps are float32, so that 7 of 10 steps end below 0.7.
+TIME_TOLERANCE = 1e-6
 
 #: Bytes of float32 logits that are filtered together.
 LOGIT_CHUNK_BYTES = 512 * 2**20
@@ -103,7 +107,8 @@ class DidaMixin:
         if not adapted and not allow_unadapted:
             raise ValueError(
                 '`image_decoder`="dida" needs a model that was adapted to it, and this one has no adapter. Load one: '
-                "`model.load_dida_adapter(FOLDER)`; the tiny model's is `emu35.TINY_DIDA`; `emu35 train "
+                "`model.load_dida_adapter(FOLDER)`, or `emu35 ... --adapter FOLDER`; the tiny model's is "
+                "`emu35.TINY_DIDA`; `emu35 train "
                 "training/recipes/tiny-dida.yaml` trains it. `allow_unadapted=True` runs without, for what it is "
                 "worth."
             )
@@ -247,6 +252,9 @@ def decode_dida(stream: TokenStream, request: ImageRequest) -> torch.LongTensor:
             its `scheduler` (a `DiDAScheduler` that has its codebook) makes `num_inference_steps` steps. The guidance
             scale at time t is `guidance_scale + t * (guidance_scale_end - guidance_scale)`; from `guidance_cutoff` on
             there is none, and the unconditional rows are left out. The sampler's filters come before the scheduler.
+            With `verify_codes` the model looks at the codes as `ar` would, without the adapter, in one causal pass
+            that the cache needs anyway: none remains that the sampler would never draw after those before it. So a
+            greedy sampler gets the image of `ar`, in as few passes as the adapter's predictions are good.
     Returns:
         `torch.LongTensor` of shape `(batch, codes)`: all codes of the grid, given ones included.
     Raises:
@@ -265,11 +273,11 @@ class _Denoising:
     """
 
     def __init__(self, stream: TokenStream, request: ImageRequest):
-        self.stream, self.request, self.scheduler = stream, request, request.scheduler
+        self.stream, self.request = stream, request
         self.model, self.layout = stream.model, stream.model.config.token_layout
         self.adapter = dida_adapter(self.model)
-        if request.sampler.is_greedy:
-            self.scheduler = request.scheduler.greedy()
+        request.scheduler.set_timesteps(request.num_inference_steps, device=stream.device)
+        self.scheduler = request.scheduler.greedy() if request.sampler.is_greedy else request.scheduler
         self.batch, self.device = len(request.given), stream.device
         self.num_streams = stream.num_rows // self.batch
         height, width = request.token_height, request.token_width
@@ -282,47 +290,123 @@ class _Denoising:
         self.block[:, 0] = self.layout.img_token_id
 
     def run(self) -> torch.LongTensor:
-        request = self.request
+        request, stream = self.request, self.stream
         self._take_back_img()
         known = (request.given >= 0).all(0)
         stop = self.total if request.max_codes is None else min(self.total, request.max_codes)
-        codes = self.given
+        codes, holds_image = self.given, False
         emitted, stopped = self._emit(codes, 0, min(int(known.long().cumprod(0).sum()), stop))
         if not stopped and not known.all():
-            codes, stopped = self._denoise()
+            if stream.num_pending:
+                stream.compute()
+            codes, stopped = self._denoise(self.given, self.scheduler, request.on_step)
+            if request.verify_codes and not stopped:
+                codes, holds_image = self._verify(codes)
+                stopped = not holds_image
+        before = stream.lengths - self.block.shape[1] * holds_image
         if not stopped:
             emitted, _ = self._emit(codes, emitted, stop)
         length = 1 + emitted + min(emitted // request.token_width, request.token_height - 1)
-        self.stream.append(self._ids(codes)[:, :length].repeat(self.num_streams, 1))
-        request.statistics = [ImageStatistics(self.stream.num_passes)] * self.batch
+        ids = self._ids(codes)[:, :length]
+        if holds_image:
+            stream.truncate(before + length - 1)
+            ids = ids[:, -1:]
+        stream.append(ids.repeat(self.num_streams, 1))
+        request.statistics = [ImageStatistics(stream.num_passes)] * self.batch
         return codes[:, :emitted]
 
-    def _denoise(self) -> tuple[torch.LongTensor, bool]:
-        """Codes `(batch, total)` after the last step, or after the one that was told to stop."""
-        request, scheduler = self.request, self.scheduler
-        if self.stream.num_pending:
-            self.stream.compute()
+    def _denoise(self, given: torch.LongTensor, scheduler, on_step=None) -> tuple[torch.LongTensor, bool]:
+        """Codes `(batch, total)` after the last step of a scheduler, or after the one that was told to stop.
+
+        Args:
+            given (`torch.LongTensor` of shape `(batch, total)`): codes that stay; -1: to be made.
+        """
+        request, fixed = self.request, given >= 0
         prefix = _Prefix(self.stream, self.block.shape[1])
-        scheduler.set_timesteps(request.num_inference_steps, device=self.device)
-        generator = self._generators()
+        generator = self._generators(given)
         codes = scheduler.initial_codes((self.batch, self.total), generator, self.device)
-        codes = torch.where(self.fixed, self.given, codes)
+        codes = torch.where(fixed, given, codes)
         kept = None
         cutoff = 1.0 if request.guidance_cutoff is None else request.guidance_cutoff  # no step begins at 1
         for step, t in enumerate(scheduler.timesteps):
-            if prefix.num_rows > self.batch and float(t) >= cutoff:
+            if prefix.num_rows > self.batch and float(t) >= cutoff - TIME_TOLERANCE:
                 prefix = _Prefix(self.stream.rows(range(self.batch)), self.block.shape[1])
             scores = self._scores(prefix, codes, float(t))
-            output = scheduler.step(scores, t, codes, generator, fixed=self.fixed, kept=kept)
+            output = scheduler.step(scores, t, codes, generator, fixed=fixed, kept=kept)
             codes, kept = output.prev_sample, output.kept
-            if request.on_step is not None:
+            if on_step is not None:
                 shown = codes
                 if scheduler.mask_code is not None:
                     shown = torch.where(codes == scheduler.mask_code, output.pred_original_sample, codes)
-                request.on_step(step, shown.view(self.batch, request.token_height, request.token_width))
+                on_step(step, shown.view(self.batch, request.token_height, request.token_width))
             if request.should_stop is not None and request.should_stop():
                 return codes, True
         return codes, False
+
+    def _verify(self, codes: torch.LongTensor) -> tuple[torch.LongTensor, bool]:
+        """Codes that the model could have made one by one, and whether the stream holds their block now.
+
+        The first code of a row that the sampler would never draw after those before it is drawn anew, and what comes
+        after it is denoised again. So at least one more code is settled in every round. Told to stop, it returns what
+        there is.
+        """
+        request, scheduler = self.request, copy.copy(self.scheduler)
+        places = torch.arange(self.total, device=self.device)
+        settled = torch.zeros(self.batch, 1, dtype=torch.long, device=self.device)
+        steps = request.num_inference_steps
+        while True:
+            before = self.stream.lengths
+            first, replacement = self._first_excluded(codes, settled)
+            if bool((first == self.total).all()):
+                return codes, True
+            self.stream.truncate(before)
+            given = torch.where(self.fixed | (places < first), codes, -1)
+            codes = given = torch.where(places == first, replacement, given)
+            settled = (first + 1).clamp(max=self.total)
+            # Fewer in every round, since less is open; by rounds alone, so that a row does not depend on its batch.
+            steps = max(1, steps // 2)
+            scheduler.set_timesteps(steps, device=self.device)
+            if bool((given < 0).any()):
+                codes, stopped = self._denoise(given, scheduler, self._show_again)
+                if stopped:
+                    return codes, False
+
+    def _show_again(self, step: int, shown: torch.LongTensor):
+        """For `on_step`, what happens while codes are verified belongs to the last step."""
+        if self.request.on_step is not None:
+            self.request.on_step(self.request.num_inference_steps - 1, shown)
+
+    def _first_excluded(
+        self, codes: torch.LongTensor, settled: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Where in each row the first code is that the sampler excludes, and what it draws there: both `(batch, 1)`.
+
+        One causal pass without the adapter, whose keys and values stay in the stream. `total`: there is none.
+
+        Args:
+            settled (`torch.LongTensor` of shape `(batch, 1)`): as many codes are not asked about.
+        """
+        request, stream = self.request, self.stream
+        stream.append(self._ids(codes).repeat(self.num_streams, 1))
+        hidden_states = guide(
+            stream.compute()[:, self.places].chunk(self.num_streams),
+            request.guidance_scale,
+            request.image_guidance_scale,
+        )
+        hidden_states = hidden_states.to(self.model.dtype)
+        places = torch.arange(self.total, device=self.device)
+        allowed = self.fixed | (places < settled)
+        for columns, logits in self._logits_in_parts(hidden_states):
+            distribution = request.sampler.distribution(logits.float())
+            allowed[:, columns] |= distribution.gather(-1, codes[:, columns, None])[..., 0] > 0
+        first = torch.where(allowed, self.total, places).amin(-1, keepdim=True)
+        at = first.clamp(max=self.total - 1)
+        logits = self.model.compute_logits(
+            hidden_states[torch.arange(self.batch, device=at.device), at[:, 0]], vocabulary="visual"
+        )
+        none_left = torch.where(first == self.total, 0, -1)
+        drawn = request.sampler(logits.float().to(self.device), self._generators(none_left))
+        return first, drawn[:, None]
 
     def _scores(self, prefix: "_Prefix", codes: torch.LongTensor, t: float) -> torch.Tensor:
         """Guided and filtered log-probabilities `(batch, total, num_visual_tokens)` of the codes, by one pass."""
@@ -338,19 +422,24 @@ class _Denoising:
         # The output matrix is linear, so guidance comes before it.
         guided = guide(hidden_states.chunk(num_streams), guidance_scale, request.image_guidance_scale)
         guided = guided.to(hidden_states.dtype)
-        num_codes = self.layout.num_visual_tokens
-        scores = torch.empty(self.batch, self.total, num_codes, device=self.device)
-        damaged = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
-        for part in torch.arange(self.total).split(max(1, LOGIT_CHUNK_BYTES // (4 * self.batch * num_codes))):
-            columns = slice(int(part[0]), int(part[-1]) + 1)
-            logits = self.model.compute_logits(guided[:, columns], vocabulary="visual").to(self.device)
-            damaged |= is_damaged(logits.flatten(0, 1)).view(self.batch, -1).any(-1)
+        scores = torch.empty(self.batch, self.total, self.layout.num_visual_tokens, device=self.device)
+        for columns, logits in self._logits_in_parts(guided):
             if self.scheduler.config.temperature == 0:  # filters leave the most probable code what it is
                 scores[:, columns] = logits
             else:
                 scores[:, columns] = request.sampler.distribution(logits.float()).log_()
-        check_scores(damaged)
         return scores
+
+    def _logits_in_parts(self, hidden_states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits `(batch, columns, num_visual_tokens)` of some columns at a time, as filters need much memory."""
+        damaged = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+        size = max(1, LOGIT_CHUNK_BYTES // (4 * self.batch * self.layout.num_visual_tokens))
+        for begin in range(0, self.total, size):
+            columns = slice(begin, min(begin + size, self.total))
+            logits = self.model.compute_logits(hidden_states[:, columns], vocabulary="visual").to(self.device)
+            damaged |= is_damaged(logits.flatten(0, 1)).view(self.batch, -1).any(-1)
+            yield columns, logits
+        check_scores(damaged)
 
     def _ids(self, codes: torch.LongTensor) -> torch.LongTensor:
         """The block `(batch, columns)` with these codes in it."""
@@ -372,11 +461,11 @@ class _Denoising:
                 return index + 1, True
         return end, False
 
-    def _generators(self) -> Generators:
+    def _generators(self, given: torch.LongTensor) -> Generators:
         """None for rows that are given as a whole, in whatever batch."""
         if not isinstance(self.request.generator, Sequence):
             return self.request.generator
-        complete = (self.request.given >= 0).all(1).tolist()
+        complete = (given >= 0).all(1).tolist()
         return [None if skip else one for skip, one in zip(complete, self.request.generator, strict=True)]
 
     def _take_back_img(self):

@@ -58,6 +58,7 @@ _OWN: dict[str, Any] = {
     "num_inference_steps": 16,
     "guidance_scale_end": None,
     "guidance_cutoff": None,
+    "verify_codes": False,
     "height": None,
     "width": None,
     "aspect_ratio": None,
@@ -116,6 +117,10 @@ class Emu35GenerationConfig(GenerationConfig):
         guidance_cutoff (`float`, *optional*):
             for "dida": time in (0, 1] from which on there is no guidance, and nothing unconditional is computed.
             Default: never.
+        verify_codes (`bool`):
+            for "dida": the model checks the codes as they would come one by one, in one more pass that what follows
+            the image needs anyway. The first one that its own filters exclude is drawn anew, and what comes after it
+            denoised again. With greedy settings the image is that of "ar".
         height, width (`int`): pixels of the images to make.
         aspect_ratio (`str`): "16:9" and the like (width to height, of about `image_area` pixels), "auto" (the model
             writes the size itself), or "reference" (the size of the prompt's last image). Default: "reference" where

@@ -411,6 +411,7 @@ class GenerationLoop:
             num_inference_steps=config.num_inference_steps,
             guidance_scale_end=config.guidance_scale_end,
             guidance_cutoff=config.guidance_cutoff,
+            verify_codes=config.verify_codes,
             on_codes=follow,
             on_step=self._step_follower(rows),
             should_stop=None if follow is None else lambda: all(row.done for row in rows),

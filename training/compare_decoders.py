@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from emu35.devices_emu35 import device_name
 from emu35.dida_emu35 import ADAPTER_FILES
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.processing_emu35 import Emu35Processor
@@ -54,6 +55,7 @@ def compare_decoders(
     batch_size: int = 64,
     path: str | os.PathLike | None = None,
     progress: bool = True,
+    dida_settings: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Accuracy, passes and seconds an image of `ar`, `speculative` and `dida`.
@@ -68,6 +70,7 @@ def compare_decoders(
         num_timed (`int`): images that are timed, one at a time.
         path (`str` or `os.PathLike`, *optional*):
             JSON file of the results. Accuracies that it has of the same model, adapters and settings are kept.
+        dida_settings (`Mapping`, *optional*): settings of `dida` alone, like `guidance_cutoff`.
         settings: further settings of `generate`, the same for all. The checkpoint's hold where nothing else is said.
     Returns:
         `dict`: what was asked for, and "entries": for each one its "name", "line" (of the plot), "settings",
@@ -82,10 +85,11 @@ def compare_decoders(
     taken = [name for name in adapters if name in EXACT]
     if taken:
         raise ValueError(f"`adapters` has the name {taken[0]!r}, which is another decoder's. Choose another one.")
-    entries = _entries(adapters, steps, settings)
+    entries = _entries(adapters, steps, settings, dict(dida_settings or {}))
     if not adapters:
         model.find_dida_scheduler(None, allow_unadapted=False)
-    head = {"num": num, "seed": seed, "batch_size": batch_size, "num_timed": num_timed}
+    head: dict[str, Any] = {"num": num, "seed": seed, "batch_size": batch_size, "num_timed": num_timed}
+    head |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device)}
     head["model"] = _fingerprint(model, with_adapter=not adapters)
     results: dict[str, Any] = {**head, "threads": torch.get_num_threads(), "entries": []}
     kept = {} if path is None else _kept(Path(path), head)
@@ -110,14 +114,16 @@ def compare_decoders(
     return results
 
 
-def _entries(adapters: Mapping[str, Any], steps: Sequence[int], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _entries(
+    adapters: Mapping[str, Any], steps: Sequence[int], settings: dict[str, Any], dida_settings: dict[str, Any]
+) -> list[dict[str, Any]]:
     entries = [
         {"name": name, "line": name, "settings": {**settings, **own}, "adapter": None} for name, own in EXACT.items()
     ]
     for line, folder in (adapters or {"dida": None}).items():
         adapter = None if folder is None else _digest(Path(folder))
         for number in steps:
-            own = {**settings, "image_decoder": "dida", "num_inference_steps": number}
+            own = {**settings, **dida_settings, "image_decoder": "dida", "num_inference_steps": number}
             entries.append({"name": f"{line} {number}", "line": line, "settings": own, "adapter": adapter})
     return entries
 

@@ -84,10 +84,14 @@ def add_adapter(model: Emu35ForConditionalGeneration, recipe: LoRARecipe) -> Pef
 
 def _load_adapter(adapted: PeftModel, folder: str | os.PathLike):
     """Fills a fresh adapter with the weights of one that [`save_adapter`] has written."""
-    path = Path(folder, "adapter_model.safetensors")
-    if not path.is_file():
-        raise FileNotFoundError(f"`lora.start_from`: {folder} is no DiDA adapter: it lacks {path.name}.")
-    fresh, stored = get_peft_model_state_dict(adapted, adapter_name=DIDA_ADAPTER), load_file(path)
+    missing = [name for name in ADAPTER_FILES if not Path(folder, name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"`lora.start_from`: {folder} is no DiDA adapter: it lacks {', '.join(missing)}.")
+    config, stored = LoraConfig.from_pretrained(folder), load_file(Path(folder, ADAPTER_FILES[1]))
+    alpha = adapted.peft_config[DIDA_ADAPTER].lora_alpha
+    if config.lora_alpha != alpha:
+        raise ValueError(f"`lora.alpha` is {alpha}, but {config.lora_alpha} in `lora.start_from` {folder}.")
+    fresh = get_peft_model_state_dict(adapted, adapter_name=DIDA_ADAPTER)
     if {name: tensor.shape for name, tensor in fresh.items()} != {name: t.shape for name, t in stored.items()}:
         raise ValueError(
             f"`lora.start_from`: the adapter in {folder} does not have this rank, these targets, or fit this model. "

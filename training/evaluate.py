@@ -53,7 +53,7 @@ _TEMPLATES = {"multi_vqa": "vqa"}
 """Tasks of the world whose prompt has another name."""
 _DECODER_SETTINGS = {
     "speculative": ("speculative_window", "coupling"),
-    "dida": ("num_inference_steps", "guidance_scale_end", "guidance_cutoff"),
+    "dida": ("num_inference_steps", "guidance_scale_end", "guidance_cutoff", "verify_codes"),
 }
 _NUM_SAMPLES = 12
 _NUM_EPISODES = 6

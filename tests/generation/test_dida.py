@@ -9,7 +9,7 @@ from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig, cli, did
 from emu35.dida_emu35 import dida_adapter
 from emu35.image_tokens_emu35 import last_image
 from emu35.pipelines.scheduling_dida import DiDAScheduler
-from emu35.sampling_emu35 import guide
+from emu35.sampling_emu35 import Sampler, guide
 from peft import LoraConfig, get_peft_model
 from test_generation import GUIDANCE, Recorder, image_ids, streams_of, text_prompt
 from test_image_mask import mask_of, random_codes
@@ -182,6 +182,14 @@ def test_guidance_moves_with_time_and_ends(model):
     assert {rows for rows, _ in shapes} == {6}
 
 
+@pytest.mark.parametrize(("steps", "cutoff", "guided"), [(10, 0.7, 7), (20, 0.35, 7), (4, 0.76, 4), (4, 1.0, 4)])
+def test_guidance_ends_with_the_step_that_begins_at_the_cutoff(model, steps, cutoff, guided):
+    """0.7 in float32 is less than 0.7."""
+    with Rows(model) as shapes:
+        answer(model, guidance="two", seed=0, num_inference_steps=steps, guidance_cutoff=cutoff, **SIZE)
+    assert [rows for rows, _ in shapes[1:]] == [9] * guided + [3] * (steps - guided)
+
+
 # --- images ---
 
 
@@ -265,6 +273,117 @@ def test_steps_are_shown(model):
         assert torch.equal(seen[-1][1].flatten(1), grids(output, model))
 
 
+# --- verified codes ---
+
+GREEDY_AR = {"do_sample": False}
+VERIFIED = {**GREEDY, "verify_codes": True}
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_verified_greedy_images_are_those_of_ar(talker, save_adapter, guidance, mode):
+    """Whatever a random adapter proposes; in answers with text, too, and with the cache of the clean tokens."""
+    model = copy.deepcopy(talker)
+    model.load_dida_adapter(save_adapter(model))
+    settings = {"guidance": guidance, "generation_mode": mode, "return_past_key_values": True}
+    settings |= SIZE if mode == "image" else {"max_new_tokens": 90, "max_images": 2}
+    expected, exact = answer_with(model, "ar", **GREEDY_AR, **settings)
+    answers, output = answer(model, **VERIFIED, **settings)
+    assert answers == expected
+    assert sum(map(len, output.image_statistics)) == sum(map(len, exact.image_statistics)) >= 3
+    for one, other in zip(keys_and_values(output), keys_and_values(exact), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_filters_allow_stays(model):
+    """Without filters nothing is excluded: the same images, for one pass more."""
+    settings = {**SIZE, "guidance": "one", "seed": 0}
+    plain, output = answer(model, **settings)
+    verified, checked = answer(model, **settings, verify_codes=True)
+    assert verified == plain
+    assert checked.num_forward_passes == output.num_forward_passes + 1
+
+
+@pytest.mark.parametrize("filters", [{"image_top_k": 3}, {"image_top_p": 0.2}], ids=str)
+def test_no_verified_code_is_outside_the_filters(model, filters):
+    settings = {**SIZE, "guidance": "one", "seed": 0, "image_temperature": 0.8, **filters}
+    settings |= {"scheduler": DiDAScheduler(NUM_CODES, path="absorbing", temperature=1.0)}
+
+    def excluded(verify_codes):
+        """Codes of all images that the sampler gives no probability after those before them."""
+        answers, output = answer(model, **settings, verify_codes=verify_codes)
+        count = 0
+        for row, codes in enumerate(grids(output, model)):
+            for place in range(len(codes)):
+                streams = [[*prompt, *answers[row][: place + place // 4 + 5]] for prompt in prompts_of(model, row)]
+                with torch.no_grad():
+                    hidden = [model.model(torch.tensor([ids])).last_hidden_state[:, -1] for ids in streams]
+                logits = model.compute_logits(guide(hidden, 2.5), vocabulary="visual")
+                count += float(sampler_of(settings).distribution(logits)[0, codes[place]]) == 0
+        return count
+
+    assert excluded(True) == 0 < excluded(False)
+
+
+def prompts_of(model, row):
+    """The conditional and the unconditional prompt of `answer(guidance="one")`."""
+    return text_prompt(model, row, 3 + row), streams_of(model, "one", row)[0]
+
+
+def sampler_of(settings):
+    return Sampler(True, settings["image_temperature"], settings.get("image_top_k"), settings.get("image_top_p"))
+
+
+def test_verified_rows_do_not_depend_on_their_batch(model):
+    settings = {**SIZE, "guidance": "two", "do_sample": True, "image_top_k": 4, "seed": 5, "verify_codes": True}
+    together, _ = answer(model, **settings)
+    assert together == [answer(model, rows=(row,), **settings)[0][0] for row in range(3)]
+
+
+def test_given_codes_are_not_verified(model):
+    codes, mask = random_codes(model, 4, 5), mask_of("x...x/xxxxx/.xxx./x....")
+    expected = answer_with(model, "ar", image=codes, mask=mask, guidance="one", **GREEDY_AR)[0]
+    answers, output = answer(model, image=codes, mask=mask, guidance="one", **VERIFIED)
+    assert answers == expected
+    assert all(torch.equal(one[~mask], codes[~mask]) for one in grids(output, model).view(3, 4, 5))
+
+
+@pytest.mark.parametrize("cut", [5, 6, 9, 10, 11, 18, 19])
+def test_verified_answers_may_be_cut(model, cut):
+    settings = {**SIZE, "guidance": "one", **VERIFIED}
+    whole = answer_with(model, "ar", guidance="one", **SIZE, **GREEDY_AR)[0]
+    first, output = answer(model, max_new_tokens=cut, return_past_key_values=True, **settings)
+    assert first == [ids[:cut] for ids in whole]
+    rest = model.generate(
+        **output.next_inputs(),
+        **{"generation_mode": "image", **GUIDANCE["one"], **SIZE, **VERIFIED},
+        image_decoder="dida",
+        allow_unadapted=True,
+    )
+    ends = [ids[-len(own) :].tolist() for ids, own in zip(rest.sequences, whole, strict=True)]
+    assert ends == whole
+
+
+@pytest.mark.parametrize("after", [3, 6, 7])
+def test_a_stop_while_codes_are_verified(model, after):
+    """During the first steps, and after each step of the second round. Before that are 1 + 4 passes and a check."""
+    prompt = torch.tensor([text_prompt(model, 0)])
+    settings = {"generation_mode": "image", **VERIFIED, **SIZE, "image_decoder": "dida", "allow_unadapted": True}
+    passes, streamer = [], Recorder()
+
+    def count(*_):
+        passes.append(0)
+        streamer.stop_requested = len(passes) > after
+
+    hook = model.model.register_forward_hook(count)
+    output = model.generate(prompt, **settings, streamer=streamer, num_inference_steps=4, return_past_key_values=True)
+    hook.remove()
+    assert not output.finished.any() and len(passes) == after + 1
+    whole = model.generate(prompt, **settings, num_inference_steps=4)
+    rest = model.generate(**output.next_inputs(), **settings, num_inference_steps=4)
+    assert torch.equal(rest.sequences, whole.sequences)
+
+
 # --- streaming and stops ---
 
 
@@ -311,11 +430,13 @@ def interleaved(model, **settings):
     return answer(model, **{**options, **SAMPLED, **settings})
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
-def test_the_cache_is_that_of_the_clean_tokens(talker, save_adapter, guidance):
+@pytest.mark.parametrize(("guidance", "cutoff"), [*((guidance, None) for guidance in GUIDANCE), ("two", 0.5)])
+def test_the_cache_is_that_of_the_clean_tokens(talker, save_adapter, guidance, cutoff):
+    """Of all streams, those that the last steps of an image left out, too."""
     model = copy.deepcopy(talker)
     model.load_dida_adapter(save_adapter(model))
-    answers, output = interleaved(model, guidance=guidance, max_new_tokens=250, return_past_key_values=True)
+    settings = {"max_new_tokens": 250, "return_past_key_values": True, "guidance_cutoff": cutoff}
+    answers, output = interleaved(model, guidance=guidance, **settings)
     layout = model.config.token_layout
     assert max(ids.count(layout.eoi_token_id) for ids in answers) >= 2
     computed = 0

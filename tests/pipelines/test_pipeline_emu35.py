@@ -201,6 +201,34 @@ def test_callbacks(pipe, decoder):
             assert (codes[:, : step + 1] >= 0).all() and (codes[:, step + 1 :] == -1).all()
 
 
+def test_callbacks_of_a_greedy_sampler(pipe):
+    """The steps are those of a greedy copy of the scheduler."""
+    times = []
+    pipe(
+        "a red fox",
+        callback_on_step_end=lambda pipe, step, t, tensors: times.append(t),
+        image_top_k=1,
+        **SIZE,
+        **{**DECODERS["dida"], "num_inference_steps": 4},
+    )
+    assert pipe.scheduler.config.temperature > 0
+    assert times == [0, 0.25, 0.5, 0.75]
+
+
+def test_guidance_that_ends(pipe):
+    """Without guidance from the beginning but one step on, the images are other ones, and cost fewer rows."""
+    rows = []
+    hook = pipe.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    settings = {**SIZE, **DECODERS["dida"], "guidance_scale": 3.0}
+    whole = pipe("a red fox", generator=seeded(1), **settings)
+    cut = pipe("a red fox", generator=seeded(1), guidance_cutoff=0.3, **settings)
+    hook.remove()
+    assert rows[-3:] == [2, 1, 1] and rows.count(2) >= 5
+    assert not same(whole.images, cut.images)
+
+
 def test_callbacks_of_several_sizes(pipe):
     shapes = []
     pipe(

@@ -97,14 +97,17 @@ def test_each_entry_has_its_model_and_settings(model, processor, adapters, evalu
     monkeypatch.setattr(
         model, "load_dida_adapter", lambda folder: loaded.append(folder) or load(folder), raising=False
     )
-    compare_decoders(model, processor, adapters, guidance_scale=1.0, **OPTIONS)
+    only = {"guidance_cutoff": 0.5}
+    results = compare_decoders(model, processor, adapters, guidance_scale=1.0, dida_settings=only, **OPTIONS)
+    assert results["dtype"] == str(model.dtype).removeprefix("torch.") and results["device"]
     for number, (used, settings) in enumerate(evaluated):
         assert settings["guidance_scale"] == 1.0
         if number < len(EXACT):  # as users have it who load no adapter
             assert used is not model and not hasattr(used.model.layers[0].self_attn.q_proj, "lora_A")
             assert used.model.norm.weight is model.model.norm.weight
+            assert "guidance_cutoff" not in settings
         else:
-            assert used is model and settings["image_decoder"] == "dida"
+            assert used is model and settings["image_decoder"] == "dida" and settings["guidance_cutoff"] == 0.5
     assert [settings["num_inference_steps"] for _, settings in evaluated[len(EXACT) :]] == [2, 4, 2, 4]
     assert loaded == list(adapters.values())
     assert evaluated[2][1]["image_top_p"] == 1.0 and evaluated[1][1]["image_top_k"] == 1

@@ -135,6 +135,22 @@ def test_masks_against_the_rule(tiny_model, batch):
         assert torch.equal(apart[copy::COPIES], keys)
 
 
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_the_mask_of_flex_attention_is_that_of_sdpa(tiny_model, batch, with_cache):
+    """Cell by cell, without compiling its kernel; with a cache as an adapter is trained."""
+    rows, length, cache = 2, LENGTH + COPIES * NOISY_LENGTH, None
+    if with_cache:
+        rows, length, cache = 2 * COPIES, NOISY_LENGTH, PrefixCache()
+        cache.update(torch.zeros(rows, 1, LENGTH, 1), torch.zeros(rows, 1, LENGTH, 1), 0)
+    config, like = tiny_model.config.text_config, torch.zeros(rows, length, 1)
+    tiny_model.set_attn_implementation("sdpa")
+    expected = dida_mask(config, batch, like, cache)[:, 0]
+    tiny_model.set_attn_implementation("flex_attention")
+    sees = dida_mask(config, batch, like, cache).mask_mod
+    row, query, key = torch.meshgrid(*(torch.arange(size) for size in expected.shape), indexing="ij")
+    assert torch.equal(sees(row, torch.zeros_like(row), query, key), expected)
+
+
 @pytest.mark.slow
 def test_flex_attention_agrees(tiny_model, batch):
     """Its mask is compiled, which takes a while."""

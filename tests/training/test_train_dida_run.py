@@ -97,7 +97,10 @@ def test_an_adapter_to_go_on_from_must_fit(finished, tmp_path):
         lora = {**VALUES["lora"], "start_from": str(finished[1]), **lora}
         with pytest.raises(ValueError, match="does not have this rank, these targets, or fit this model"):
             DiDATrainer(recipe_from_dict({**VALUES, "lora": lora}))
-    with pytest.raises(FileNotFoundError, match=r"`lora.start_from`: .* lacks adapter_model.safetensors"):
+    lora = {**VALUES["lora"], "start_from": str(finished[1]), "alpha": 8}
+    with pytest.raises(ValueError, match=r"`lora.alpha` is 8, but 64\.0 in `lora.start_from`"):
+        DiDATrainer(recipe_from_dict({**VALUES, "lora": lora}))
+    with pytest.raises(FileNotFoundError, match=r"`lora.start_from`: .* lacks adapter_config.json, adapter_model"):
         DiDATrainer(recipe_from_dict({**VALUES, "lora": {**VALUES["lora"], "start_from": str(tmp_path)}}))
 
 
@@ -196,6 +199,13 @@ def test_a_wrong_recipe_says_what_is_wrong(values, message):
 
 def test_shipped_recipes():
     small, large = (load_recipe(RECIPES / name) for name in ("tiny-dida.yaml", "dida-34b.yaml"))
+    more = load_recipe(RECIPES / "tiny-dida-tasks.yaml")  # goes on from the first one's adapter
+    assert more.lora.start_from == f"{small.output_dir}/export" and more.scheduler == small.scheduler
+    assert (more.lora.rank, more.lora.alpha, more.lora.targets) == (
+        small.lora.rank,
+        small.lora.alpha,
+        small.lora.targets,
+    )
     assert small.lora is not None and large.lora is not None
     # One picture of 64 x 64 codes fits into a noisy part: IMG, 4096 codes, 63 EOL.
     assert round(large.noisy_share * large.stages[0].row_length) >= 1 + 64 * 64 + 63
