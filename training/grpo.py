@@ -93,6 +93,7 @@ class Emu35GRPOTrainer(GRPOTrainer):
         self._rows: list[dict[str, Any]] = []
         self._token_kinds: torch.Tensor | None = None
         self._scores: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._sums: dict[str, tuple[float, float]] = {}  # since the last record of the log: value, tokens
         args = trainer_arguments(recipe, directory, device)
         if recipe.lora is None:
             args.beta = 0.0  # or TRL would build a reference by itself, of classes that transformers has
@@ -244,8 +245,15 @@ class Emu35GRPOTrainer(GRPOTrainer):
                 sums.append(torch.stack([value[where].sum(), where.sum().float()]))
         totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
         for name, (total, count) in zip(names, totals, strict=True):
-            if count:
-                self._metrics["train"][name].append(total / count)
+            before = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = before[0] + total, before[1] + count
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        # TRL takes the mean over passes, which have different numbers of tokens of a kind.
+        means = {name: [total / count] for name, (total, count) in self._sums.items() if count}
+        self._metrics["train"].update(means)
+        self._sums.clear()
+        super().log(logs, *args, **kwargs)
 
     # --- checkpoints ---
 

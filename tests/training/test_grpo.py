@@ -137,6 +137,13 @@ def test_a_run_logs_rewards_and_entropies_by_task_and_modality(finished):
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["000000.png", "000002.png"]
 
 
+def test_a_step_s_entropies_are_of_all_its_tokens(make_recipe, finished, tmp_path):
+    _, log = finished
+    (whole,) = run(make_recipe(steps=1, micro_batch=12), tmp_path)
+    for name in ("entropy/visual", "entropy/text", "grad_norm"):
+        assert whole[name] == pytest.approx(log[0][name], rel=1e-5), name
+
+
 def test_a_run_leaves_a_model_that_has_changed(finished, checkpoint):
     folder, _ = finished
     before, after = (load_file(path / "model.safetensors") for path in (checkpoint, folder / "export"))
