@@ -376,26 +376,39 @@ def dida_targets(compared: Results) -> list[Results]:
 
 
 def dida_tasks(results: Results) -> Results:
-    """Other tasks with `ar` and with `dida` (`NAME-ar.json`, `NAME-dida.json`): a table, and what holds the target."""
-    rows, within, beyond = [], [], []
+    """Other tasks with `ar`, with `dida` and with verified codes (`NAME-ar.json`, `NAME-dida.json`,
+    `NAME-verified.json`): a table, and what is beyond the target with either."""
+    rows, beyond, measured_with = [], {"dida": [], "verified": []}, {"dida": [], "verified": []}
     steps = None
     for task, counted in COUNTED.items():
-        if not {f"{task}-ar", f"{task}-dida"} <= set(results):
+        ways = [way for way in beyond if f"{task}-{way}" in results]
+        if f"{task}-ar" not in results or not ways:
             continue
-        exact, fast = results[f"{task}-ar"], results[f"{task}-dida"]
-        steps = fast["settings"]["num_inference_steps"]
+        exact = results[f"{task}-ar"]
+        for way in ways:
+            measured_with[way].append(task)
+            steps = results[f"{task}-{way}"]["settings"]["num_inference_steps"]
         first = True
         for name, key, _ in counted:
-            if key not in exact["rates"] or key not in fast["rates"]:
+            if key not in exact["rates"]:
                 continue
-            loss = 100 * (exact["rates"][key] - fast["rates"][key])
-            rates = (points(exact["rates"][key]), points(fast["rates"][key]), difference(-loss))
-            rows.append((task if first else "", name, *rates, exact["marked"].get(key, exact["num"])))
-            (within if loss <= DIDA_TASK_TARGET else beyond).append(f"{task}: {name} ({difference(-loss)})")
+            cells = []
+            for way in beyond:
+                rates = results[f"{task}-{way}"]["rates"] if way in ways else {}
+                if key not in rates:
+                    cells += ["", ""]
+                    continue
+                loss = 100 * (exact["rates"][key] - rates[key])
+                cells += [points(rates[key]), difference(-loss)]
+                if loss > DIDA_TASK_TARGET:
+                    beyond[way].append(f"{task}: {name} ({difference(-loss)})")
+            number = exact["marked"].get(key, exact["num"])
+            rows.append((task if first else "", name, points(exact["rates"][key]), *cells, number))
             first = False
-    head = ("task", "what is counted", "ar", f"dida, N = {steps}", "difference", "N")
-    missing = [task for task in ("x2i", "story", "howto", "explore", "vla", "chat") if f"{task}-dida" not in results]
-    return {"table": table(head, rows, 2), "within": within, "beyond": beyond, "missing": missing, "steps": steps}
+    head = ("task", "what is counted", "ar", f"dida, N = {steps}", "difference", "verified", "difference", "N")
+    tasks = ("x2i", "story", "howto", "explore", "vla", "chat")
+    missing = [task for task in tasks if task not in measured_with["dida"] + measured_with["verified"]]
+    return {"table": table(head, rows, 2), "beyond": beyond, "missing": missing, "steps": steps}
 
 
 def paths_table(paths: Results) -> str:

@@ -14,7 +14,14 @@ DIDA_ADAPTER = "dida"
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that hold adapters, of whatever name, or did."""
     peft = sys.modules.get("peft.tuners.tuners_utils")  # without it there are none
-    return [] if peft is None else [module for module in model.modules() if isinstance(module, peft.BaseTunerLayer)]
+    return [] if peft is None else _instances(model, peft.BaseTunerLayer)
+
+
+def _instances(module: nn.Module, kind: type) -> list[nn.Module]:
+    """`module`, or those below it; none lies inside another, and looking there takes most of the time."""
+    if isinstance(module, kind):
+        return [module]
+    return [found for child in module.children() for found in _instances(child, kind)]
 
 
 def load_lora(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default"):

@@ -238,7 +238,7 @@ def _add_train(add):
     command.add_argument("--export", metavar="DIR", help="the finished model, instead of where the recipe says")
     command.add_argument("--restart", action="store_true", help="start from nothing, whatever the output folder holds")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, auto")
-    command.add_argument("--dry-run", action="store_true", help="fine-tuning: print the plan and the memory it needs")
+    command.add_argument("--dry-run", action="store_true", help="fine-tuning, GRPO: print the plan and its memory")
 
 
 def _add_distill(add):

@@ -171,7 +171,7 @@ class dida_adapter(contextlib.AbstractContextManager):
     """
 
     def __init__(self, model: nn.Module):
-        layers = [layer for layer in adapter_layers(model) if DIDA_ADAPTER in layer._all_available_adapter_names()]
+        layers = [layer for layer in adapter_layers(model.model) if _has_adapter(layer)]
         for layer in layers:
             if layer.merged:
                 raise ValueError(
@@ -200,6 +200,11 @@ class dida_adapter(contextlib.AbstractContextManager):
             layer["_active_adapter"], layer["_disable_adapters"] = active, disabled
             if weight is not None:
                 parameters["weight"] = weight
+
+
+def _has_adapter(layer: nn.Module) -> bool:
+    # The second looks through all kinds of adapters, which takes longer.
+    return DIDA_ADAPTER in getattr(layer, "lora_A", ()) or DIDA_ADAPTER in layer._all_available_adapter_names()
 
 
 def _merged_weights(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, nn.Parameter]:

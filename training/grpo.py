@@ -45,7 +45,7 @@ from .distributed import launch, world_size
 from .grpo_card import LOG, write_card
 from .grpo_prompts import check_prompts, load_prompts, one_of_each_task, prompt_tasks
 from .grpo_recipe import GRPORecipe
-from .lora import load_base, lora_config
+from .lora import load_base, lora_config, save_adapter
 from .recipe import checkpoint_path
 from .rewards import RewardMix
 from .rewards.base import prompt_text
@@ -402,7 +402,7 @@ def _work(rank: int, recipe: GRPORecipe, rewards, directory: str, export_dir: st
                 shutil.rmtree(path)  # cut short; transformers would count it among those to keep
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if rank == 0 and recipe.lora is not None:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(export_dir)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), recipe.lora, export_dir)
     elif rank == 0:
         save_model(trainer.base_model, processor, export_dir, stored_dtype(recipe), dropout)
     if rank == 0:

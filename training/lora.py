@@ -71,3 +71,19 @@ def add_adapter(model: Emu35ForConditionalGeneration, lora: SFTLoRARecipe) -> Pe
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def save_adapter(
+    adapted: PeftModel, lora: SFTLoRARecipe, directory: str | os.PathLike, state: dict[str, torch.Tensor] | None = None
+):
+    """Writes the finished adapter, with the recipe's `export_alpha`.
+
+    Args:
+        state (`dict`, *optional*): of the model; default: its own.
+    """
+    config = adapted.peft_config[adapted.active_adapter]
+    trained, config.lora_alpha = config.lora_alpha, lora.export_alpha or lora.alpha
+    try:
+        adapted.save_pretrained(directory, state_dict=state)
+    finally:
+        config.lora_alpha = trained

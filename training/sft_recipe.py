@@ -48,10 +48,14 @@ class SFTLoRARecipe:
         dropout (`float`): of its input, in training.
         targets (`list[str]`): names of linear layers.
         quantization (`str`, *optional*): of the frozen weights: "nf4" (QLoRA, needs bitsandbytes).
+        export_alpha (`float`, *optional*):
+            of the finished adapter, below `alpha`: a little less of what was learnt, and less of what was forgotten
+            (weights between the old and the new ones, arXiv 2109.01903). Default: `alpha`.
     """
 
     rank: int = 32
     alpha: float = 32.0
+    export_alpha: float | None = None
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: list(DECODER_MATRICES))
     quantization: str | None = None
@@ -59,6 +63,9 @@ class SFTLoRARecipe:
     def __post_init__(self):
         _require(self.rank > 0, "lora.rank", self.rank, "positive")
         _require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
+        if self.export_alpha is not None:
+            allowed = f"between 0 and `lora.alpha`, {self.alpha}"
+            _require(0 < self.export_alpha <= self.alpha, "lora.export_alpha", self.export_alpha, allowed)
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         _require(bool(self.targets), "lora.targets", self.targets, "a list of at least one name")
         for name in self.targets:

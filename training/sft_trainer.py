@@ -21,6 +21,7 @@ from .checkpointing import LossLog
 from .data import Collator, ExampleWriter, PackedRows, PreparedRows, Source, best_fit, is_prepared, read_example
 from .data.examples import IGNORED, ROW_ERRORS, Example, encode_images
 from .data.reading import read_rows
+from .lora import save_adapter
 from .sft_card import write_card
 from .sft_recipe import SFTRecipe, SourceRecipe
 
@@ -229,7 +230,7 @@ class SFTTrainer(Trainer):
             return
         model, directory = self.accelerator.unwrap_model(self.model), Path(directory)
         if isinstance(model, PeftModel):
-            model.save_pretrained(directory, state_dict=state)
+            save_adapter(model, self.recipe.lora, directory, state)
         else:
             _save_model(model, state, self.vision_tokenizer, self.processor, directory)
         write_card(directory, self.recipe, self.state.log_history)

@@ -123,11 +123,15 @@ def plan(recipe_path: str | os.PathLike) -> str:
         ValueError: if the recipe is wrong, or of a method that has no such plan.
     """
     recipe = load_recipe(recipe_path)
-    if not isinstance(recipe, SFTRecipe):
-        raise ValueError("--dry-run is for recipes with `method: sft`.")
-    from .sft_plan import plan
+    if isinstance(recipe, GRPORecipe):
+        from . import grpo_plan
 
-    return plan(recipe)
+        return grpo_plan.plan(recipe)
+    if not isinstance(recipe, SFTRecipe):
+        raise ValueError("--dry-run is for recipes with `method: sft` or `method: grpo`.")
+    from . import sft_plan
+
+    return sft_plan.plan(recipe)
 
 
 def build_processor(recipe: Recipe, vision_tokenizer: Emu35VisionTokenizer) -> Emu35Processor:

@@ -21,6 +21,7 @@ VALUES = {"method": "sft", "output_dir": "unused", "data": [{"path": "here"}], "
     [
         ({"stpes": 3}, "unknown key 'stpes'. Did you mean 'steps'"),
         ({"lora": {"rnk": 3}}, "`recipe.lora`: unknown key 'rnk'. Did you mean 'rank'"),
+        ({"lora": {"alpha": 8, "export_alpha": 9}}, r"`lora.export_alpha` must be between 0 and `lora.alpha`, 8"),
         ({"lora": {"targets": ["q_prj"]}}, "no 'q_prj'. Did you mean 'q_proj'"),
         ({"lora": {"quantization": "int3"}}, '`lora.quantization` must be "nf4"'),
         ({"data": []}, "`data` must be a list of at least one source"),

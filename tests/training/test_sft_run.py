@@ -14,12 +14,14 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from emu35 import Emu35ForConditionalGeneration, Emu35GenerationConfig, cli
+from emu35 import TINY, Emu35ForConditionalGeneration, Emu35GenerationConfig, cli
 from emu35.pipelines import Emu35Pipeline
 from emu35.training.checkpointing import read_log
 from emu35.training.data import prepare
+from emu35.training.lora import add_adapter, save_adapter
 from emu35.training.recipe import recipe_from_dict
 from emu35.training.sft import last_checkpoint, load_model, merge_adapter, push
+from emu35.training.sft_recipe import SFTLoRARecipe
 from emu35.training.sft_trainer import SFTTrainer, open_source, training_arguments
 from emu35.training.train import train
 from peft import PeftModel
@@ -109,6 +111,16 @@ def test_a_run_learns_and_says_so_by_modality_source_and_task(finished):
     assert first["eval_task_t2i_visual_loss"] == first["eval_prepared_visual_loss"] == first["eval_visual_loss"]
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
     assert len(list((folder / "sft" / "samples").glob("*.png"))) == 2
+
+
+def test_a_finished_adapter_may_have_a_smaller_alpha(finished, tmp_path):
+    model = Emu35ForConditionalGeneration.from_pretrained(TINY)
+    lora = SFTLoRARecipe(rank=4, alpha=8.0, export_alpha=6.0)
+    adapted = add_adapter(model, lora)
+    save_adapter(adapted, lora, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 6
+    assert adapted.peft_config["default"].lora_alpha == 8
+    assert json.loads((finished[1] / "adapter_config.json").read_text())["lora_alpha"] == 32
 
 
 def test_tensorboard_has_the_losses_and_the_samples(finished):
