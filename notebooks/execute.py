@@ -1,6 +1,6 @@
 """Runs quickstart.ipynb in a kernel and keeps its outputs, small: no messages of libraries, pictures once.
 
-    pip install -c constraints.txt -e ".[train]" nbclient ipykernel
+    pip install -c constraints.txt -e ".[train,notebook]"
     python notebooks/execute.py
 
 On quiet cores: the notebook shows seconds. It writes nothing unless every cell that shows something has shown it. (The
