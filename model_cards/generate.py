@@ -15,6 +15,7 @@ tiny model's card, and a table where a page has `<!-- generated: fine-tuning -->
 
     {"title": "LoRA", "how": "300 steps, 6 minutes on 2 CPU cores, an adapter of 2 MB",
      "command": "emu35 train training/recipes/tiny-lora.yaml",
+     "picture": "curves.png",   (may be left out: a file beside the card)
      "measured": [{"before": t2i.json, "after": after-t2i.json, both as `emu35 eval` writes them}, ...],
      "rows": [{"what": "what no such file says", "before": 0.153, "after": 0.9, "target": "80 %", "num": 150}, ...]}
 """
@@ -268,7 +269,9 @@ def generated_blocks() -> dict[str, str]:
     dida = tables.read_results(HERE / "emu35-tiny-dida" / "results")
     released = Emu35Config()
     proofs = [
-        f"**{one['title']}** ({one['how']}; `{one['command']}`):\n\n{one['table']}" for one in tables.proofs(tiny)
+        f"**{one['title']}** ({one['how']}; `{one['command']}`):\n\n{one['table']}"
+        + (f"\n\n![curves](../model_cards/emu35-tiny/{one['picture']})" if "picture" in one else "")
+        for one in tables.proofs(tiny)
     ]
     return {
         "tasks": tables.overview_table(tiny),

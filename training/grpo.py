@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from datasets import Dataset
 from emu35.modeling_emu35 import Emu35ForConditionalGeneration
 from emu35.processing_emu35 import Emu35Processor
 from emu35.segments_emu35 import Image as ImageSegment
@@ -35,6 +34,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 try:
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
     raise ImportError("GRPO needs `trl`: `pip install 'emu35[train]'`.") from error

@@ -107,6 +107,7 @@ def test_proofs_get_their_section(tmp_path, monkeypatch):
         "title": "LoRA",
         "how": "300 steps",
         "command": "emu35 train lora.yaml",
+        "picture": "curves.png",
         "measured": [{"before": before, "after": after}],
         "rows": [{"what": "something else", "before": 0.5, "after": 0.6, "target": "80 %", "num": 7}],
     }
@@ -118,7 +119,9 @@ def test_proofs_get_their_section(tmp_path, monkeypatch):
         "| something else | 50.0 % | 60.0 % | 80 % | 7 |",
     ]
     assert "\n".join(lines) in str(generate.tiny_card()).partition("## Fine-tuned")[2]
-    assert "\n".join(lines) in generate.generated_blocks()["fine-tuning"]
+    assert "![LoRA: curves](curves.png)" in str(generate.tiny_card())
+    block = generate.generated_blocks()["fine-tuning"]
+    assert "\n".join(lines) in block and "(../model_cards/emu35-tiny/curves.png)" in block
     proof["measured"][0]["after"] = {**after, "seed": 2}
     with pytest.raises(ValueError, match="`seed` is 1 before and 2 after"):
         tables.proofs({"finetuning-x": proof})

@@ -30,7 +30,8 @@ def write_small(source: Path, target: Path):
 
 
 def take(folder: Path) -> int:
-    tests = [f"{ROOT}/tests/spaces/test_browser.py", "-m", "slow", "-k", "accessibility and light or phone", "-s"]
+    tests = [f"{ROOT}/tests/spaces/test_browser.py", "-n", "0", "-m", "slow"]
+    tests += ["-k", "accessibility and light or phone", "-s"]
     return subprocess.call(
         [sys.executable, "-m", "pytest", *tests], env=os.environ | {"EMU35_SCREENSHOTS": str(folder)}
     )

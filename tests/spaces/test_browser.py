@@ -1,4 +1,4 @@
-"""The Space in a real browser, on the tiny model: `pytest -m slow tests/spaces/test_browser.py -s`.
+"""The Space in a real browser, on the tiny model: `pytest -n 0 -m slow tests/spaces/test_browser.py -s`.
 
 Needs Chromium, and `pip install -c constraints.txt -e ".[browser]"`. EMU35_SCREENSHOTS names a folder for pictures of
 the tabs (`python tests/spaces/take_screenshots.py` makes README's of them); EMU35_SPACE_URL an app that runs already,
