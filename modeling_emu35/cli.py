@@ -358,8 +358,7 @@ def _add_image_decoder(command: argparse.ArgumentParser):
     )
     group.add_argument(
         "--verify-codes",
-        action="store_true",
-        default=None,
+        action=argparse.BooleanOptionalAction,
         help="dida: no code remains that the model's own filters exclude; wrong ones are made anew, in more passes",
     )
     group.add_argument(
