@@ -11,7 +11,8 @@ Results are what the commands write: `emu35 eval --task T --output T.json`, `--s
 (decoders.json), `emu35 bench --output bench.json`. In `emu35-tiny-dida/results/`, `T-ar.json` and `T-dida.json` are
 `emu35 eval --task T` with either decoder, and `T-verified.json` with verified codes. Written by hand, as no command
 does: balance.json, speculative.json, paths.json, attempts.json, training.json, cutoff.json. So is
-`emu35-tiny/results/finetuning-NAME.json`, which gets a section of the tiny model's card, and a table where a page has `<!-- generated: fine-tuning -->`:
+`emu35-tiny/results/finetuning-NAME.json`, which gets a section of the tiny model's card, and a table
+where a page has `<!-- generated: fine-tuning -->`:
 
     {"title": "LoRA", "how": "300 steps, 6 minutes on 2 CPU cores, an adapter of 2 MB",
      "command": "emu35 train training/recipes/tiny-lora.yaml",
