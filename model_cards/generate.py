@@ -199,7 +199,7 @@ def dida_card() -> ModelCard:
         steps=f"{sum(stage['steps'] for stage in recipe['stages']):,}",
         stages=tables.stages_table(recipe),
         training=results["training"],
-        cutoff=results["cutoff"],
+        cutoff={**results["cutoff"], "right": tables.points(results["cutoff"]["right"])},
         scheduler=json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")),
     )
 

@@ -106,7 +106,9 @@ def test_several_images_are_those_of_the_seeds_that_follow(run):
     assert status == 0 and "3 images" in out
     for index in range(3):
         run("generate", PROMPT, "-o", "one.png", "--seed", 5 + index)
-        assert (pixels(f"out-{index + 1}.png") == pixels("one.png")).all()
+        # In a batch some processors add in another order, and a pixel between two values falls to the other one.
+        difference = pixels(f"out-{index + 1}.png").astype(int) - pixels("one.png")
+        assert abs(difference).max() <= 1
     assert not Path("out.png").exists()
     run("generate", PROMPT, "-o", "out.png", "--num-images", 3, "--seed", 5, "--grid")
     sheet = pixels("out.png")

@@ -76,6 +76,7 @@ def test_a_card_of_measured_numbers(recipe, results, tmp_path):
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
+        "license": "apache-2.0",
         "pipeline_tag": "any-to-any",
         "tags": ["emu35", "grpo"],
     }

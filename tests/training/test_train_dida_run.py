@@ -98,7 +98,7 @@ def test_an_adapter_to_go_on_from_must_fit(finished, tmp_path):
         with pytest.raises(ValueError, match="does not have this rank, these targets, or fit this model"):
             DiDATrainer(recipe_from_dict({**VALUES, "lora": lora}))
     lora = {**VALUES["lora"], "start_from": str(finished[1]), "alpha": 8}
-    with pytest.raises(ValueError, match=r"`lora.alpha` is 8, but 64\.0 in `lora.start_from`"):
+    with pytest.raises(ValueError, match=r"`lora.alpha` is 8\.0, but 64\.0 in `lora.start_from`"):
         DiDATrainer(recipe_from_dict({**VALUES, "lora": lora}))
     with pytest.raises(FileNotFoundError, match=r"`lora.start_from`: .* lacks adapter_config.json, adapter_model"):
         DiDATrainer(recipe_from_dict({**VALUES, "lora": {**VALUES["lora"], "start_from": str(tmp_path)}}))

@@ -108,7 +108,8 @@ def test_a_vision_tokenizer_can_be_that_of_a_checkpoint(finished, tmp_path):
 
 
 def test_autocast_only_where_it_is_faster(monkeypatch, caplog):
-    values = {"output_dir": "unused", "model": {}, "vision_tokenizer": {"bf16": True}, "stages": [{"name": "one"}]}
+    stage = {"name": "one", "steps": 1, "mixture": {"t2i": 1.0}}
+    values = {"output_dir": "unused", "model": {}, "vision_tokenizer": {"bf16": True}, "stages": [stage]}
     recipe = recipe_from_dict(values)
     monkeypatch.setattr(train_module, "multiplies_bfloat16", lambda device: device == "cuda")
     assert train_module._for_this_machine(recipe, "cuda") is recipe
