@@ -393,22 +393,19 @@ class _Denoising:
         """
         request, stream = self.request, self.stream
         stream.append(self._ids(codes).repeat(self.num_streams, 1))
-        hidden_states = guide(
-            stream.compute()[:, self.places].chunk(self.num_streams),
-            request.guidance_scale,
-            request.image_guidance_scale,
-        )
-        hidden_states = hidden_states.to(self.model.dtype)
+        hidden_states = stream.compute()
+        hidden_states = hidden_states[:, self.places.to(hidden_states.device)]
+        guided = guide(hidden_states.chunk(self.num_streams), request.guidance_scale, request.image_guidance_scale)
+        guided = guided.to(hidden_states.dtype)
         places = torch.arange(self.total, device=self.device)
         allowed = self.fixed | (places < settled)
-        for columns, logits in self._logits_in_parts(hidden_states):
+        for columns, logits in self._logits_in_parts(guided):
             distribution = request.sampler.distribution(logits.float())
             allowed[:, columns] |= distribution.gather(-1, codes[:, columns, None])[..., 0] > 0
         first = torch.where(allowed, self.total, places).amin(-1, keepdim=True)
-        at = first.clamp(max=self.total - 1)
-        logits = self.model.compute_logits(
-            hidden_states[torch.arange(self.batch, device=at.device), at[:, 0]], vocabulary="visual"
-        )
+        at = first[:, 0].clamp(max=self.total - 1).to(guided.device)
+        guided = guided[torch.arange(self.batch, device=at.device), at]
+        logits = self.model.compute_logits(guided, vocabulary="visual")
         none_left = torch.where(first == self.total, 0, -1)
         drawn = request.sampler(logits.float().to(self.device), self._generators(none_left))
         return first, drawn[:, None]
