@@ -31,11 +31,12 @@ from pathlib import Path
 import yaml
 from emu35.configuration_emu35 import Emu35Config
 from emu35.training.memory import count_parameters
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 from . import tables
 from .cards import render
+from .index import accuracy, evaluated
 
 logger = logging.getLogger(__name__)
 
@@ -44,18 +45,6 @@ ROOT = HERE.parent
 RECIPES = ROOT / "training" / "recipes"
 _BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TAGS = ["emu3.5", "text-to-image", "image-editing", "visual-question-answering", "interleaved-generation"]
-#: Name in the model index: task of the Hub, key of the results, of its rates, and what it measures.
-_INDEX = (
-    ("text-to-image", "t2i", None, "whole scene right"),
-    ("visual-question-answering", "vqa", None, "answer right"),
-    ("image-to-image", "x2i", "whole_scene", "edit right and all else preserved"),
-    ("any-to-any", "story", "whole", "story: every sentence and frame right"),
-    ("any-to-any", "howto", "plan", "step-by-step guidance: whole plan right"),
-    ("any-to-any", "explore", "view", "exploration: view right after a move"),
-    ("robotics", "vla", "success", "manipulation: legal and goal reached"),
-    ("visual-question-answering", "multi_vqa", "answer", "answer about two or three images right"),
-    ("any-to-any", "chat", "whole", "conversation: every turn right"),
-)
 
 
 def image_tokens(token_height: int, token_width: int) -> int:
@@ -70,35 +59,11 @@ def _tokens_of_a_picture(config: Emu35Config) -> int:
     return image_tokens(side, side)
 
 
-def _result(task: str, name: str, value: float, what: str, held_out: bool = False) -> EvalResult:
-    return EvalResult(
-        task_type=task,
-        dataset_type="emu35-shapes",
-        dataset_name="emu35's world of shapes, drawn from a seed",
-        dataset_config=f"{name}, unseen pairs" if held_out else name,
-        dataset_split="test",
-        metric_type="accuracy",
-        metric_name=what,
-        metric_value=round(100 * value, 1),
-    )
-
-
-def _rates(measured: dict, key: str | None) -> float:
-    if "whole_scene" in measured:
-        return measured["whole_scene"]["all"]
-    return measured["accuracy"] if key is None else measured["rates"][key]
-
-
 def tiny_card() -> ModelCard:
     folder = HERE / "emu35-tiny"
     results, config = tables.read_results(folder / "results"), Emu35Config.from_pretrained(folder)
     numbers, recipe = count_parameters(config), _recipe("tiny")
     decoder = numbers["layers"] + numbers["embeddings"]
-    index = []
-    for task, name, key, what in _INDEX:
-        for held_out in (False, True):
-            measured = results[name]["held_out"] if held_out else results[name]
-            index.append(_result(task, name, _rates(measured, key), what, held_out))
     data = ModelCardData(
         model_name="emu35-tiny",
         license="apache-2.0",
@@ -107,7 +72,7 @@ def tiny_card() -> ModelCard:
         language="en",
         tags=[*_TAGS, "tiny"],
         metrics=["accuracy"],
-        eval_results=index,
+        eval_results=evaluated(results, held_out=True),
     )
     restored, exact, balance = results["reconstruction"], results["speculative"], results["balance"]
     return render(
@@ -156,7 +121,7 @@ def dida_card() -> ModelCard:
     entries = {entry["name"]: entry for entry in compared["entries"]}
     shown = entries["dida 8"]["whole_scene"]["all"]
     index = [
-        _result(
+        accuracy(
             "text-to-image", "t2i", entries[f"dida {steps}"]["whole_scene"]["all"], f"whole scene right, {steps} steps"
         )
         for steps, *_ in tables.DIDA_TARGETS

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from emu35.model_cards.cards import base_name, finetuned_card
+from emu35.model_cards.index import evaluated
 
 from .checkpointing import read_log
 from .grpo_recipe import GRPORecipe
@@ -111,15 +112,17 @@ def write_card(
         draw_curves(log, directory / CURVES)
         picture = f"![rewards, entropy and KL divergence over the steps]({CURVES})\n"
     values = {name: value for name, value in dataclasses.asdict(recipe).items() if value is not None}
+    pairs = [] if results is None else _read_pairs(Path(results))
     card = finetuned_card(
         recipe.model,
         title=f"{'Model' if recipe.lora is None else 'Adapter'} improved by GRPO, from {base_name(recipe.model)}",
         description=f"Groups of {recipe.group_size} answers to one prompt, compared by {_names(recipe)}.",
         is_adapter=recipe.lora is not None,
         data="Prompts without answers: `prompts` of the recipe. What is right is for the rewards to say.",
-        results=f"{_measured(results)}### In training\n\n{_progress(log)}\n{picture}",
+        results=f"{_measured(pairs)}### In training\n\n{_progress(log)}\n{picture}",
         recipe=yaml.safe_dump(values, sort_keys=False),
         tags=["grpo"],
+        eval_results=evaluated({after["task"]: after for _, after in pairs}),
     )
     card.save(directory / "README.md")
 
@@ -129,18 +132,14 @@ def _names(recipe: GRPORecipe) -> str:
     return ", ".join(rewards)
 
 
-def _measured(results: str | os.PathLike | None) -> str:
-    """A table of what was measured before and after."""
-    if results is None:
-        return ""
-    folder = Path(results)
-    pairs = [
+def _read_pairs(folder: Path) -> list[list[dict[str, Any]]]:
+    """What was measured before and after, by task."""
+    names = [
         (path, folder / path.name.replace("before-", "after-", 1)) for path in sorted(folder.glob("before-*.json"))
     ]
-    pairs = [[json.loads(path.read_text()) for path in pair] for pair in pairs if pair[1].is_file()]
+    pairs = [[json.loads(path.read_text()) for path in pair] for pair in names if pair[1].is_file()]
     if not pairs:
         raise ValueError(f"`results`: {folder} holds no pair of before-TASK.json and after-TASK.json.")
-    lines = ["### Measured before and after", "", "| task | measure | before | after | |", "|---|---|---|---|---|"]
     for before, after in pairs:
         for name in ("task", "num", "seed", "settings"):
             if before[name] != after[name]:
@@ -148,6 +147,15 @@ def _measured(results: str | os.PathLike | None) -> str:
                     f"`results`: {before['task']} was measured with `{name}`={before[name]!r} before and "
                     f"{after[name]!r} after. Measure both alike."
                 )
+    return pairs
+
+
+def _measured(pairs: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """A table of what was measured before and after."""
+    if not pairs:
+        return ""
+    lines = ["### Measured before and after", "", "| task | measure | before | after | |", "|---|---|---|---|---|"]
+    for before, after in pairs:
         how = f"N = {before['num']}, seed {before['seed']}"
         old, new = headline_rates(before), headline_rates(after)
         for name in old:

@@ -74,7 +74,11 @@ def test_a_log_of_something_else_has_no_curves(tmp_path):
 def test_a_card_of_measured_numbers(recipe, results, tmp_path):
     write_card(tmp_path, recipe, LOG, results)
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {
+    front = yaml.safe_load(front)
+    (index,) = front.pop("model-index")
+    measured = {one["dataset"]["config"]: one["metrics"][0]["value"] for one in index["results"]}
+    assert measured == {"t2i": 20.0, "vqa": 50.0} and index["name"] in text
+    assert front == {
         "library_name": "transformers",
         "license": "apache-2.0",
         "pipeline_tag": "any-to-any",
