@@ -68,6 +68,8 @@ SCHEDULERS = (
     ("absorbing", "confidence"),
 )
 SCHEDULER_CODES = 64
+#: Path and jump by grid size: those of the shipped adapter.
+GRID_PATH = ("absorbing", "confidence")
 PARTS_OF_STEP = ("network", "output_matrix", "scheduler", "rest")
 
 
@@ -172,7 +174,7 @@ def measure_grids(
     bandwidth: float | None = None,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """Seconds an image at batch 1, with guidance, by `ar` and by `dida` on its default path.
+    """Seconds an image at batch 1, with guidance, by `ar` and by `dida` on `GRID_PATH`.
 
     Args:
         grids (`Sequence[tuple[int, int]]`): heights and widths in codes.
@@ -185,7 +187,7 @@ def measure_grids(
         of the limits); and "step": seconds of a step, by part.
     """
     rate = matmul_rate(device, model.dtype)
-    scheduler = random_scheduler(model.config.token_layout.num_visual_tokens, device, seed)
+    scheduler = random_scheduler(model.config.token_layout.num_visual_tokens, device, seed, *GRID_PATH)
     prompts = torch.Generator().manual_seed(seed)
     ids = [torch.randint(1000, 100_000, (1, length), generator=prompts).to(device) for length in (64, 16)]
     inputs = dict(zip(("input_ids", "negative_prompt_ids"), ids, strict=True))
@@ -233,7 +235,7 @@ def measure_grids(
     }
 
 
-def random_scheduler(num_codes: int, device: str, seed: int, path: str = "metric", jump: str = "kinetic"):
+def random_scheduler(num_codes: int, device: str, seed: int, path: str, jump: str):
     """A `DiDAScheduler` with a random codebook of the released width."""
     from emu35.pipelines.scheduling_dida import DiDAScheduler  # of another room, like the decoder's own
 
@@ -476,7 +478,7 @@ def _step_table(measured: dict[str, Any]) -> tuple[str, list[str], list[list[str
         shares = (f"{step[name] / step['seconds']:.0%}" for name in PARTS_OF_STEP)
         lines.append([" x ".join(map(str, row["grid"])), f"{step['seconds']:.3g}", *shares])
     head = ["grid", "s/step", "layers", "output matrix", "scheduler", "filters, rest"]
-    return f"a step of dida, {measured['num_codes']:,} codes, metric path\n", head, lines
+    return f"a step of dida, {measured['num_codes']:,} codes, {' path, '.join(GRID_PATH)}\n", head, lines
 
 
 def _scheduler_table(measured: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:

@@ -139,7 +139,7 @@ def test_schedulers():
     rows = measure_schedulers(NUM_CODES, "cpu", 0, positions=3)
     assert [(row["path"], row["jump"]) for row in rows] == list(SCHEDULERS)
     assert all(row["seconds"] > 0 for row in rows)
-    assert random_scheduler(NUM_CODES, "cpu", 0, "absorbing").mask_code == NUM_CODES
+    assert random_scheduler(NUM_CODES, "cpu", 0, "absorbing", "kinetic").mask_code == NUM_CODES
 
 
 def test_passes_of_the_decoders(tiny):
