@@ -10,7 +10,7 @@ with what it would write.
 Results are what the commands write: `emu35 eval --task T --output T.json`, `--sweep`, `--compare-decoders`
 (decoders.json), `emu35 bench --output bench.json`. In `emu35-tiny-dida/results/`, `T-ar.json` and `T-dida.json` are
 `emu35 eval --task T` with either decoder, and `T-verified.json` with verified codes. Written by hand, as no command
-does: balance.json, speculative.json, paths.json, attempts.json, training.json, cutoff.json. So is
+does: balance.json, speculative.json, paths.json, attempts.json, training.json. So is
 `emu35-tiny/results/finetuning-NAME.json`, which gets a section of the tiny model's card, and a table
 where a page has `<!-- generated: fine-tuning -->`:
 
@@ -146,6 +146,8 @@ def dida_card() -> ModelCard:
         data,
         num=compared["num"],
         threads=compared["threads"],
+        device=compared["device"],
+        dtype=compared["dtype"],
         num_timed=compared["num_timed"],
         decoders=tables.decoders_table(compared),
         ar_passes=round(entries["ar"]["passes"]),
@@ -164,7 +166,13 @@ def dida_card() -> ModelCard:
         steps=f"{sum(stage['steps'] for stage in recipe['stages']):,}",
         stages=tables.stages_table(recipe),
         training=results["training"],
-        cutoff={**results["cutoff"], "right": tables.points(results["cutoff"]["right"])},
+        bench={
+            "cpu": results["bench"]["environment"]["name"],
+            "repeats": results["bench"]["dida"]["repeats"],
+            "layers": tables.amount(results["bench"]["dida"]["random"][0]["parameters_of_layers"]),
+            "batches": tables.dida_batches_table(results["bench"]),
+            "grids": tables.dida_grids_table(results["bench"]),
+        },
         scheduler=json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")),
     )
 

@@ -71,7 +71,9 @@ def build(engine: Engine, examples: Examples) -> Link:
                         downloads.append(png_button("sm"))
             status = status_line()
             waiting = compare(dict.fromkeys(engine.decoders, Update()))
-            results = gr.HTML(waiting, html_template=_BARS, label="Results", apply_default_css=False, padding=False)
+            results = gr.HTML(
+                waiting, html_template=_BARS, label="Results", apply_default_css=False, elem_classes="results"
+            )
             results.api_info = lambda: {"type": "array", "items": {"type": "object"}}
 
     def race(request: gr.Request, prompt: str, seed: float | None = None):
