@@ -2,7 +2,9 @@
 
 import json
 import time
+from pathlib import Path
 
+import emu35
 import pytest
 import torch
 from emu35 import bench_dida_emu35, bench_emu35, cli
@@ -140,6 +142,11 @@ def test_schedulers():
     assert [(row["path"], row["jump"]) for row in rows] == list(SCHEDULERS)
     assert all(row["seconds"] > 0 for row in rows)
     assert random_scheduler(NUM_CODES, "cpu", 0, "absorbing", "kinetic").mask_code == NUM_CODES
+
+
+def test_grids_are_timed_on_the_path_of_the_shipped_adapter():
+    config = json.loads(Path(emu35.TINY_DIDA, "scheduler_config.json").read_text())
+    assert (config["path"], config["jump"]) == bench_dida_emu35.GRID_PATH
 
 
 def test_passes_of_the_decoders(tiny):
