@@ -164,7 +164,7 @@ def _plot_grids(random: Sequence[dict[str, Any]]):
         codes = [row["grid"][0] * row["grid"][1] for row in rows]
         for index, own in enumerate(rows[0]["dida"]):
             color, name = f"C{index}", f"{own['steps']} steps"
-            series = {"ratio": ("-", name, "o"), "limit_ratio": (":", f"{name}, limit of the arithmetic", None)}
+            series = {"ratio": ("-", name, "o"), "limit_ratio": (":", f"{name}, both at their limits", None)}
             for kind, (line, label, marker) in series.items():
                 values = [row["dida"][index][kind] for row in rows]
                 if None not in values:
