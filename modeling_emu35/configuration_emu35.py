@@ -95,6 +95,11 @@ class Emu35TokenLayout(PreTrainedConfig):
         """One past the last visual id."""
         return self.visual_token_offset + self.num_visual_tokens
 
+    @property
+    def visual_token_ids(self) -> range:
+        """All visual ids.  For loops over tokens: to read an attribute of a configuration takes microseconds."""
+        return range(self.visual_token_offset, self.visual_token_end)
+
     def size_token_ids(self, token_height: int, token_width: int) -> list[int]:
         """Ids of `"h*w"`, for example `[20, 20, 9, 22, 18]` for 55 x 73 codes in the released vocabulary."""
         height, width = ([self.digit_token_ids[int(digit)] for digit in str(n)] for n in (token_height, token_width))

@@ -33,6 +33,9 @@ from .generation_configuration_emu35 import Emu35GenerationConfig
 from .image_tokens_emu35 import ImageTokens, parse_size
 from .sampling_emu35 import Generators, Sampler, check_scores, is_damaged
 
+#: Tokens of shared prompts that are worth a pass of their own: fewer take less time than reading the weights.
+LEAST_SHARED = 256
+
 
 @dataclass
 class RowStream:
@@ -173,6 +176,7 @@ class GenerationLoop:
     def __call__(self):
         for row in self.rows:
             self._start(row)
+        self._share_prompts()
         while waiting := [index for index, row in enumerate(self.rows) if not row.done]:
             if self._stop_requested:
                 break
@@ -186,6 +190,25 @@ class GenerationLoop:
                     groups[row.grid].append(index)
             for grid, indices in groups.items():
                 self._image_phase(grid, indices)
+
+    def _share_prompts(self):
+        """Computes what several rows begin with once for all of them, but for the last id, whose output is needed."""
+        members = defaultdict(list)
+        for row in self.rows:
+            for number, own in enumerate(row.streams if not row.done else ()):
+                if number >= len(row.cached):
+                    members[tuple(row.prompts[number][:-1])].append(own)
+        shared = {ids: streams for ids, streams in members.items() if len(streams) > 1 and ids}
+        if sum(len(ids) * (len(streams) - 1) for ids, streams in shared.items()) < LEAST_SHARED:
+            return
+        common = TokenStream.empty(self.model, len(shared), self.device)
+        common.append_lists(list(shared))
+        common.advance()
+        self.num_passes += 1
+        for place, (ids, streams) in enumerate(shared.items()):
+            prefix = common.rows([place])  # which no stream changes: phases stack copies
+            for own in streams:
+                own.stream, own.num_taken = prefix, len(ids)
 
     def cache(self) -> GenerationCache:
         """What was computed of prompts and answers."""

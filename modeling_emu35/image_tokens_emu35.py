@@ -70,11 +70,11 @@ def parse_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> Ima
     height, width = size
     position += 1
     rows: list[list[int]] = [[]]
-    closed = False
+    closed, visual_ids = False, layout.visual_token_ids
     while position < len(ids) and not closed:
         token_id = ids[position]
-        if layout.visual_token_offset <= token_id < layout.visual_token_end:
-            rows[-1].append(token_id - layout.visual_token_offset)
+        if token_id in visual_ids:
+            rows[-1].append(token_id - visual_ids.start)
         elif token_id == layout.eol_token_id:
             rows.append([])
         elif token_id == layout.eoi_token_id:
@@ -96,9 +96,9 @@ def parse_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> Ima
 
 def find_images(ids: Sequence[int], layout: Emu35TokenLayout, start: int = 0) -> Iterator[ImageTokens]:
     """All images of a sequence from index `start` on, in order."""
-    position = start
+    position, boi_token_id = start, layout.boi_token_id
     while position < len(ids):
-        if ids[position] == layout.boi_token_id:
+        if ids[position] == boi_token_id:
             image = parse_image(ids, position, layout)
             yield image
             position = image.end

@@ -1,6 +1,6 @@
 """The Emu3.5 decoder and its composite with the vision tokenizer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,8 +81,13 @@ class Emu35Attention(Qwen3Attention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        attention_function: Callable | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            attention_function (`Callable`, *optional*): instead of the configured one, with the same signature.
+        """
         shape = hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)
         queries = rotate(self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2), *position_embeddings)
@@ -90,8 +95,10 @@ class Emu35Attention(Qwen3Attention):
         values = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, weights = attend(
+        if attention_function is None:
+            configured = self.config._attn_implementation
+            attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(configured, eager_attention_forward)
+        attended, weights = attention_function(
             self,
             queries,
             keys,

@@ -169,23 +169,24 @@ def parse_segments(ids: Sequence[int], layout: Emu35TokenLayout, decode_text: Ca
             segments.append(Text(text))
         run.clear()
 
-    thought_ends = {layout.boc_token_id, layout.boi_token_id, layout.bog_token_id, *_ends(layout)}
+    visual_ids, ends = layout.visual_token_ids, _ends(layout)
+    thought_ends = {layout.boc_token_id, layout.boi_token_id, layout.bog_token_id, *ends}
 
     def ends_thought(token_id: int) -> bool:
-        return token_id in thought_ends or _is_visual(token_id, layout)
+        return token_id in thought_ends or token_id in visual_ids
 
     position = 0
     while position < len(ids):
         token_id = ids[position]
-        if token_id in _ends(layout):
+        if token_id in ends:
             position += 1
-        elif token_id == layout.boi_token_id or _is_visual(token_id, layout):
+        elif token_id == layout.boi_token_id or token_id in visual_ids:
             end_of_text()
             image, position = read_image(ids, position, layout)
             segments.append(image)
         elif token_id == layout.bog_token_id:
             end_of_text()
-            end = _find(ids, position + 1, {layout.eog_token_id, layout.bog_token_id, *_ends(layout)}.__contains__)
+            end = _find(ids, position + 1, {layout.eog_token_id, layout.bog_token_id, *ends}.__contains__)
             complete = end < len(ids) and ids[end] == layout.eog_token_id
             if not complete:
                 end = _find(ids, position + 1, ends_thought)
@@ -222,11 +223,11 @@ def read_image(ids: Sequence[int], begin: int, layout: Emu35TokenLayout) -> tupl
             size, problem = None, "its size is not followed by visual tokens"
             position = begin + 1  # these digits are no size: leave them to the text
     rows: list[list[int]] = [[]]
-    closed = False
+    closed, visual_ids = False, layout.visual_token_ids
     while position < len(ids) and not closed:
         token_id = ids[position]
-        if _is_visual(token_id, layout):
-            rows[-1].append(token_id - layout.visual_token_offset)
+        if token_id in visual_ids:
+            rows[-1].append(token_id - visual_ids.start)
         elif token_id == layout.image_placeholder_token_id:
             rows[-1].append(-1)
         elif token_id == layout.eol_token_id:
@@ -320,10 +321,6 @@ def pixels_to_pil(pixels: torch.Tensor | np.ndarray | PIL.Image.Image) -> PIL.Im
         )
     pixels = ((pixels.float() + 1.0) * 127.5).clamp(0.0, 255.0).to(torch.uint8)
     return PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def _is_visual(token_id: int, layout: Emu35TokenLayout) -> bool:
-    return layout.visual_token_offset <= token_id < layout.visual_token_end
 
 
 def _ends(layout: Emu35TokenLayout) -> tuple[int | None, int | None]:

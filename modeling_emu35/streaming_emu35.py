@@ -227,7 +227,7 @@ class AnswerReader:
         token_id, layout = self.ids[index], self.layout
         if self._begin is not None and (yield from self._belongs_to_image(index)):
             return
-        is_visual = layout.visual_token_offset <= token_id < layout.visual_token_end
+        is_visual = token_id in layout.visual_token_ids
         if token_id == layout.boi_token_id or is_visual:
             yield from self._end_run()
             self._in_thought = False
@@ -281,7 +281,7 @@ class AnswerReader:
                     yield from self._read(earlier)
                 return False
             self._in_size = False
-        if layout.visual_token_offset <= token_id < layout.visual_token_end:
+        if token_id in layout.visual_token_ids:
             self._codes.append(token_id - layout.visual_token_offset)
             yield from self._progress()
             return True

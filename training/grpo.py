@@ -36,6 +36,7 @@ from transformers.integrations import TensorBoardCallback, is_tensorboard_availa
 try:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import split_tensor_dict
 except ImportError as error:
     raise ImportError("GRPO needs `trl`: `pip install 'emu35[train]'`.") from error
 
@@ -131,6 +132,14 @@ class Emu35GRPOTrainer(GRPOTrainer):
 
     # --- answers ---
 
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+        # TRL shuffles answers. In order, those of a group share a micro-batch, where their prompt is computed once.
+        steps = self.args.steps_per_generation
+        if self._buffered_inputs is None or self._step % (steps * self.num_iterations) == 0:
+            answers = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(answers, steps)
+        return self._buffered_inputs[self._step % steps]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
         # TRL copies prompts and sends them to all processes: those it gets are text, without the pictures.
@@ -138,7 +147,7 @@ class Emu35GRPOTrainer(GRPOTrainer):
             {**row, "prompt": prompt_text(row["prompt"]), "messages": as_messages(row["prompt"])} for row in inputs
         ]
         output = super()._generate_and_score_completions(texts)
-        output["token_kinds"] = self._token_kinds  # shuffled and split together with the ids
+        output["token_kinds"] = self._token_kinds  # split together with the ids
         return output
 
     def _answer(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:

@@ -28,6 +28,8 @@ from emu35.prompts_emu35 import get_template
 from emu35.segments_emu35 import Segments
 from torch.utils.checkpoint import checkpoint
 
+from .shared_prompts import SharedPrompts
+
 #: Settings of `generate` that would change the distribution; [`RolloutSettings`] fixes them.
 FIXED_SETTINGS = {
     "do_sample": True,
@@ -126,9 +128,9 @@ def token_kinds(
         image_mode (`bool`): whether the answer is one image, so that its BOI was forced.
         max_images (`int`, *optional*): images the answer may have; `None`: any number.
     """
-    kinds, num_images, inside = [], 0, False
+    kinds, num_images, inside, visual_ids = [], 0, False, layout.visual_token_ids
     for token_id in ids:
-        if layout.visual_token_offset <= token_id < layout.visual_token_end:
+        if token_id in visual_ids:
             kinds.append(TokenKind.VISUAL)
             continue
         begins = not inside and token_id == layout.boi_token_id
@@ -254,49 +256,33 @@ def score_answers(
     token_kinds: torch.Tensor,
     settings: RolloutSettings,
 ) -> dict[str, torch.Tensor]:
-    """Log-probabilities of answers, as they were drawn.
+    """Log-probabilities of answers, as they were drawn.  A prompt that several of them answer is computed once.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`), attention_mask: prompts and answers.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`), attention_mask:
+            prompts, padded on the left, and answers, padded on the right.
         token_kinds (`torch.Tensor` of shape `(batch, answer_length)`): [`TokenKind`]s of the last ids.
     Returns:
         `dict`: `log_probs` and `entropies` (without a gradient), float32 `(batch, answer_length)`; 0 where a token was
         forced.
     """
-    answers = input_ids.shape[1] - token_kinds.shape[1]  # the column where they begin
+    shared = SharedPrompts(input_ids, attention_mask, token_kinds.shape[1])
+    hidden_states = model.model(
+        input_ids=shared.input_ids,
+        attention_mask=dict.fromkeys(model.config.text_config.layer_types),  # no masks: `attend` knows who sees whom
+        position_ids=shared.position_ids,
+        use_cache=False,
+        attention_function=shared.attend,
+    ).last_hidden_state[0]
+    targets = input_ids[:, -token_kinds.shape[1] :]
     log_probs = torch.zeros(token_kinds.shape, dtype=torch.float32, device=input_ids.device)
     entropies = torch.zeros_like(log_probs)
-    for rows in like_lengths(attention_mask.sum(-1).tolist()):
-        used = attention_mask[rows].any(0).nonzero()[:, 0]
-        begin, end = int(used[0]), int(used[-1]) + 1
-        mask = attention_mask[rows, begin:end]
-        hidden_states = model.model(
-            input_ids=input_ids[rows, begin:end],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state[:, answers - 1 - begin : -1]
-        targets, kinds = input_ids[rows, answers:end], token_kinds[rows, : end - answers]
-        for kind in (TokenKind.TEXT, TokenKind.TEXT_WITHOUT_IMAGES, TokenKind.VISUAL):
-            where = (kinds == kind).nonzero(as_tuple=True)
-            values, spread = drawn_log_probs(model, hidden_states[where], targets[where], kind, settings)
-            place = torch.tensor(rows, device=where[0].device)[where[0]], where[1]
-            log_probs = log_probs.index_put(place, values)
-            entropies[place] = spread
+    for kind in (TokenKind.TEXT, TokenKind.TEXT_WITHOUT_IMAGES, TokenKind.VISUAL):
+        where = (token_kinds == kind).nonzero(as_tuple=True)
+        values, spread = drawn_log_probs(model, hidden_states[shared.before[where]], targets[where], kind, settings)
+        log_probs = log_probs.index_put(where, values)
+        entropies[where] = spread
     return {"log_probs": log_probs, "entropies": entropies}
-
-
-def like_lengths(lengths: Sequence[int], longest: float = 1.25) -> list[list[int]]:
-    """Rows in groups, in each of which no row is more than `longest` times as long as the shortest.
-
-    The tasks of a batch differ in length: padded to the longest, half of what is computed would be padding.
-    """
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if not groups or lengths[row] > longest * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
 
 
 def drawn_log_probs(

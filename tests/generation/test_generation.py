@@ -1,10 +1,12 @@
 """`generate` against a slow reference that keeps no state: no cache, no batch, no streams, one token at a time."""
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from emu35 import generation_loop_emu35
 from emu35.sampling_emu35 import Sampler
 
 
@@ -421,6 +423,43 @@ def test_num_return_sequences(model):
     assert copies == repeated
     assert output.sequences.shape[0] == len(output.images) == len(output.answer_start) == 6
     assert len({tuple(answer) for answer in copies[:3]}) == 3
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved", "text"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_prompt_of_several_answers_is_computed_once(model, monkeypatch, mode, guidance_scale):
+    prompts, negatives = [text_prompt(model, 0, 30), text_prompt(model, 4, 9)], [text_prompt(model, 90, 6)] * 2
+    settings = {"generation_mode": mode, "do_sample": True, "guidance_scale": guidance_scale, "height": 8, "width": 8}
+    counts = []
+
+    def answers():
+        counts.append(0)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+        found, output = generate(
+            model,
+            prompts,
+            negatives,
+            num_return_sequences=3,
+            generator=generators,
+            max_new_tokens=40,
+            return_past_key_values=True,
+            **settings,
+        )
+        kept = output.past_key_values.rows[0][0].ids
+        assert kept == [*prompts[0], *found[0]][: len(kept)] and len(kept) > len(prompts[0])
+        return found
+
+    def count(module, args, kwargs):
+        counts[-1] += kwargs["input_ids"].numel()
+
+    monkeypatch.setattr(generation_loop_emu35, "LEAST_SHARED", math.inf)
+    hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
+    expected = answers()
+    monkeypatch.setattr(generation_loop_emu35, "LEAST_SHARED", 0)
+    assert answers() == expected
+    hook.remove()
+    # Of the prompts, 32 and 11 tokens padded to 32, four of six copies; of their last tokens, six as before.
+    assert counts[0] - counts[1] >= 4 * 31 - 6
 
 
 def test_one_generator_for_a_batch(model):

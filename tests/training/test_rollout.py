@@ -10,7 +10,6 @@ from emu35.training.rollout import (
     add_answer_scores,
     answer_seed,
     draw_answers,
-    like_lengths,
     score_answers,
     token_kinds,
 )
@@ -207,11 +206,6 @@ def test_images_of_a_group_are_encoded_once(model, tiny_processor, monkeypatch):
     assert seen == [1]
     assert len({tuple(one.prompt_ids) for one in answers}) == 1
     assert len({tuple(one.ids) for one in answers}) == 4
-
-
-def test_rows_of_like_lengths_go_together():
-    assert like_lengths([100, 40, 126, 50, 120, 51]) == [[1, 3], [5], [0, 4], [2]]
-    assert like_lengths([7]) == [[0]]
 
 
 def test_seeds_differ():
