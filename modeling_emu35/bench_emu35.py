@@ -7,6 +7,7 @@
     decode  the image decoders: passes and seconds an image, accepted guesses (`bench_decode_emu35`)
     dida    parallel decoding beside `ar`: passes and seconds an image, by size of the image (`bench_dida_emu35`)
     train   steps of fine-tuning: tokens per second and memory (`training.bench_train`; see [`register_part`])
+    grpo    log-probabilities of groups of answers, forward and backward (`training.bench_grpo`)
 
 Both sides of a ratio are measured in the same run; see `bench_memory_emu35` for how memory is.
 """

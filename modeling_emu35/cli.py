@@ -314,7 +314,9 @@ def _add_bench(add):
         "measure speed and memory against the straightforward way",
         "emu35 bench image vision --output bench.json",
     )
-    command.add_argument("parts", nargs="*", metavar="PART", help="image, vision, loss, start, decode, dida, train")
+    command.add_argument(
+        "parts", nargs="*", metavar="PART", help="image, vision, loss, start, decode, dida, train, grpo"
+    )
     command.add_argument("--size", choices=("tiny", "34b"), default="tiny", help="34b: the released size, on a GPU")
     command.add_argument("--quick", action="store_true", help="smaller inputs, once; targets are not judged")
     command.add_argument("--output", metavar="FILE", help="write the results as JSON")
@@ -715,9 +717,10 @@ def _bench(args: argparse.Namespace):
     plots = None if args.plots is None else _plots_path(args)
     from emu35.bench_emu35 import format_results, register_part, run_benchmark
     from emu35.cli_tools_emu35 import find_device, find_dtype
-    from emu35.training.bench_train import PART
+    from emu35.training import bench_grpo, bench_train
 
-    register_part("train", PART)
+    register_part("train", bench_train.PART)
+    register_part("grpo", bench_grpo.PART)
 
     device, dtype = find_device(args.device), find_dtype(args.dtype)
     results = run_benchmark(args.parts, args.size, args.quick, device, dtype, args.seed)

@@ -106,15 +106,17 @@ def lengths(recipe: GRPORecipe, config: Emu35Config) -> dict[str, tuple[int, int
 
 def estimate_grpo_memory(recipe: GRPORecipe, config: Emu35Config) -> list[MemoryItem]:
     """The items of one GPU: those of a training on rows of the longest answers, and what answers are drawn with."""
-    longest = max(sum(pair) for pair in lengths(recipe, config).values())
-    rows = recipe.micro_batch
+    pairs, rows, group = lengths(recipe, config).values(), recipe.micro_batch, recipe.group_size
+    longest = max(map(sum, pairs))
+    # A pass computes a prompt once for those of its answers that it has.
+    prompts = max(1, rows // group) if rows % group == 0 or group % rows == 0 else min(rows, (rows - 1) // group + 2)
     training = SFTRecipe(
         output_dir=recipe.output_dir,
         data=[SourceRecipe("prompts")],
         steps=recipe.steps,
-        row_length=longest,
-        batch_rows=rows,
-        rows=rows,
+        row_length=max(prompts * prompt + rows * answer for prompt, answer in pairs),
+        batch_rows=1,
+        rows=1,
         lora=recipe.lora,
         hardware=recipe.hardware,
         gradient_checkpointing=recipe.gradient_checkpointing,
@@ -131,4 +133,7 @@ def estimate_grpo_memory(recipe: GRPORecipe, config: Emu35Config) -> list[Memory
     values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     formula = f"{answers} answers x {longest} tokens x {values} x {size} bytes (while they are drawn)"
     items.append(MemoryItem("cache", size * values * longest * answers, formula))
+    seen = 2 * text.num_attention_heads * text.head_dim  # of all heads, those that share keys too
+    formula = f"{rows} answers x {longest} tokens x {seen} x {size} bytes (keys and values of one layer)"
+    items.append(MemoryItem("what answers see", size * seen * longest * rows, formula))
     return items

@@ -465,6 +465,18 @@ def test_memory_of_answers_and_of_a_reference(make_recipe, shared_tiny_model):
     assert (bytes_of(recipe, config)["cache"], plain["cache"]) == (5 * each, 12 * each)
 
 
+def test_a_pass_needs_memory_for_each_prompt_once(make_recipe, shared_tiny_model):
+    config = shared_tiny_model.config
+    (prompt, answer) = max(lengths(make_recipe(), config).values(), key=sum)
+    activations = {
+        rows: bytes_of(make_recipe(micro_batch=rows, rollouts_per_step=96, group_size=8), config)["activations"]
+        for rows in (1, 4, 8, 12, 16)
+    }
+    tokens = {rows: number / activations[1] * (prompt + answer) for rows, number in activations.items()}
+    prompts = {rows: (number - rows * answer) / prompt for rows, number in tokens.items()}
+    assert {rows: round(number) for rows, number in prompts.items()} == {1: 1, 4: 1, 8: 1, 12: 3, 16: 2}
+
+
 def test_the_released_size_fits_where_its_recipe_says():
     text = plan(load_recipe(Path(__file__).parents[2] / "training" / "recipes" / "grpo-34b.yaml"))
     assert "34.1 B weights" in text and "fits into 80 GiB" in text and "DOES NOT" not in text
