@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from emu35.configuration_emu35 import Emu35Config
-from emu35.training.bench_grpo import grpo_tables
-from emu35.training.bench_train import train_tables
 from emu35.training.memory import NF4_BYTES, count_parameters
 
 Results = dict[str, Any]
@@ -267,12 +265,6 @@ def bench_table(bench: Results) -> str:
     )
     cores = f"{bench['environment']['threads']} CPU cores"
     return table((f"against the straightforward way ({cores}, released vocabulary)", "", "target", "command"), rows)
-
-
-def bench_training(bench: Results) -> str:
-    """docs/performance.md: what `emu35 bench train grpo` has measured."""
-    measured = (*train_tables(bench["train"]), *grpo_tables(bench["grpo"]))
-    return "\n\n".join(f"{title.strip()}:\n\n{table(head, rows)}" for title, head, rows in measured)
 
 
 def speculative_table(decode: Results) -> str:
