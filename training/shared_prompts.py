@@ -6,8 +6,8 @@
     prompt 1  answer 2   ──►  prompt 1  answer 1  answer 2  prompt 2  answer 3 ...
     prompt 2  answer 3
 
-An answer sees its prompt and itself. Of a group of 8 answers to a question about an image, that is an eighth of the
-tokens; nor is anything computed for padding, but in attention.
+An answer sees its prompt and itself. Of 8 short answers to a question about an image, that is little more than an
+eighth of the tokens; nor is anything computed for padding, but in attention.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ class SharedPrompts:
                 rows += prompts[text]
                 prompt_of += [number] * len(prompts[text])
             sizes = [len(texts[index]) for index in together]
-            self._parts.append(_Part(*_places(starts, sizes)))
+            self._parts.append(_Part(*_places(starts, sizes, device)))
             answer_starts = []
             for row, number in zip(rows, prompt_of, strict=True):
                 answer_starts.append(len(ids))
@@ -81,12 +81,12 @@ class SharedPrompts:
                 positions += range(sizes[number], len(own[row]) - 1)
             answer_sizes = [lengths[row] - 1 for row in rows]
             if any(answer_sizes):
-                places, kept = _places(answer_starts, answer_sizes)
+                places, kept = _places(answer_starts, answer_sizes, device)
                 longest = places.shape[1]
                 known = torch.arange(max(sizes)) < torch.tensor(sizes)[prompt_of][:, None]  # (answers, longest_prompt)
                 causal = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(rows), -1, -1)
                 visible = torch.cat([known[:, None].expand(-1, longest, -1), causal], dim=-1)[:, None]
-                self._parts.append(_Part(places, kept, torch.tensor(prompt_of), visible))
+                self._parts.append(_Part(places, kept, torch.tensor(prompt_of, device=device), visible.to(device)))
         self.input_ids = torch.tensor([ids], device=device)
         self.position_ids = torch.tensor([positions], device=device)
         self.before = before.to(device)
@@ -108,7 +108,7 @@ class SharedPrompts:
             `torch.Tensor` of shape `(1, tokens, heads, head_dim)`, and no weights.
         """
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        attended, device = [], queries.device
+        attended, device = [], queries.device  # of the layer: a model may be spread over several
         prompt_keys = prompt_values = None
         for part in self._parts:
             places = part.places.to(device)
@@ -124,12 +124,12 @@ class SharedPrompts:
         return torch.cat(attended)[None], None
 
 
-def _places(starts: Sequence[int], sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(starts: Sequence[int], sizes: Sequence[int], device) -> tuple[torch.Tensor, torch.Tensor]:
     """Places and what is kept of them, see [`_Part`], of stretches of a sequence."""
     rows = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
     places = pad_sequence(rows, batch_first=True, padding_value=0)
     kept = torch.arange(places.shape[1]) < torch.tensor(sizes)[:, None]
-    return places, kept.flatten().nonzero()[:, 0]
+    return places.to(device), kept.flatten().nonzero()[:, 0].to(device)
 
 
 def like_lengths(lengths: Sequence[int], longest: float = 1.25) -> list[list[int]]:
