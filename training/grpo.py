@@ -93,7 +93,9 @@ class Emu35GRPOTrainer(GRPOTrainer):
         self.recipe, self.processor, self.directory = recipe, processor, Path(directory)
         self._rows: list[dict[str, Any]] = []
         self._token_kinds: torch.Tensor | None = None
-        self._scores: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # and kinds, of computed answers
+        self._equal: torch.Tensor | None = None  # (all answers,): whether all of its group have one reward
+        self._learnt: torch.Tensor | None = None  # rows of the pass that have a gradient; `None`: all
         self._sums: dict[str, tuple[float, float]] = {}  # since the last record of the log: value, tokens
         args = trainer_arguments(recipe, directory, device)
         if recipe.lora is None:
@@ -148,6 +150,9 @@ class Emu35GRPOTrainer(GRPOTrainer):
         ]
         output = super()._generate_and_score_completions(texts)
         output["token_kinds"] = self._token_kinds  # split together with the ids
+        first = self.accelerator.process_index * len(inputs)
+        # Rounding of the mean of equal rewards, divided by next to nothing, would be an advantage.
+        output["advantages"][self._equal[first : first + len(inputs)]] = 0.0
         return output
 
     def _answer(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
@@ -186,8 +191,9 @@ class Emu35GRPOTrainer(GRPOTrainer):
         total[rewards.isnan().all(dim=1)] = torch.nan
         metrics = self._metrics["train"]
         tasks = gather_object([row["task"] for row in inputs])
-        spread = total.view(-1, self.num_generations)
-        equal = (spread.nan_to_num() == spread.nan_to_num()[:, :1]).all(dim=1).repeat_interleave(self.num_generations)
+        groups = total.view(-1, self.num_generations)
+        highest, lowest = (groups.nan_to_num(nan=-torch.inf).amax(dim=1), groups.nan_to_num(nan=torch.inf).amin(dim=1))
+        equal = self._equal = (highest <= lowest).repeat_interleave(self.num_generations)  # or nothing is scored
         for task in sorted(set(tasks)):
             own = torch.tensor([one == task for one in tasks], device=total.device)
             metrics[f"reward/{task}"].append(total[own].nanmean().item())
@@ -222,33 +228,43 @@ class Emu35GRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **unused
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        size = batch_size or len(input_ids)
+        rows = torch.arange(len(input_ids), device=input_ids.device) if self._learnt is None else self._learnt
         parts = []
-        rows = zip(input_ids.split(size), attention_mask.split(size), self._token_kinds.split(size), strict=True)
-        for ids, mask, kinds in rows:
+        for some in rows.split(batch_size or len(rows)):
             with self.accelerator.autocast():
-                parts.append(model(input_ids=ids, attention_mask=mask, token_kinds=kinds))
-        log_probs = torch.cat([part["log_probs"] for part in parts])
-        entropies = torch.cat([part["entropies"] for part in parts])
-        self._scores = log_probs.detach(), entropies
+                kinds = self._token_kinds[some]
+                parts.append(model(input_ids=input_ids[some], attention_mask=attention_mask[some], token_kinds=kinds))
+        computed = [torch.cat([part[name] for part in parts]) for name in ("log_probs", "entropies")]
+        self._scores = computed[0].detach(), computed[1], self._token_kinds[rows]
+        others = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        log_probs, entropies = (others.index_copy(0, rows, values) for values in computed)
         return log_probs, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model, inputs) -> torch.Tensor:
         self._token_kinds = inputs["token_kinds"]
+        if not self.beta:  # an answer without an advantage has no gradient
+            self._learnt = inputs["advantages"].nonzero()[:, 0]
+            if not len(self._learnt):  # each process passes through the model: gradients are summed over all
+                self._learnt = torch.zeros(1, dtype=torch.long, device=inputs["advantages"].device)
+            if inputs.get("old_per_token_logps") is not None:  # of answers left out: as their own, a ratio of 1
+                old = torch.zeros_like(inputs["old_per_token_logps"])
+                old[self._learnt] = inputs["old_per_token_logps"][self._learnt]
+                inputs = {**inputs, "old_per_token_logps": old}
         loss = super()._compute_loss(model, inputs)
+        self._learnt = None
         self._log_modalities(inputs)
         return loss
 
     def _log_modalities(self, inputs: dict[str, Any]):
-        """Entropy and KL divergence of text and of visual tokens apart; TRL's own are over both."""
-        log_probs, entropies = self._scores
+        """Entropy and KL divergence by modality, of answers that are computed.  TRL's own are over all alike."""
+        log_probs, entropies, token_kinds = self._scores
         values = {"entropy": entropies}
         if "ref_per_token_logps" in inputs:
             above = inputs["ref_per_token_logps"] - log_probs
             values["kl"] = above.exp() - above - 1
         sums, names = [], []
         for modality, kinds in _MODALITIES.items():
-            where = torch.isin(inputs["token_kinds"], torch.tensor(kinds, device=log_probs.device))
+            where = torch.isin(token_kinds, torch.tensor(kinds, device=log_probs.device))
             for name, value in values.items():
                 names.append(f"{name}/{modality}")
                 sums.append(torch.stack([value[where].sum(), where.sum().float()]))
@@ -259,6 +275,9 @@ class Emu35GRPOTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         # TRL takes the mean over passes, which have different numbers of tokens of a kind.
+        for name in sorted({name.split("/")[0] for name in self._sums}):
+            parts = [self._sums[f"{name}/{modality}"] for modality in _MODALITIES]
+            self._sums[name] = sum(total for total, _ in parts), sum(count for _, count in parts)
         means = {name: [total / count] for name, (total, count) in self._sums.items() if count}
         self._metrics["train"].update(means)
         self._sums.clear()

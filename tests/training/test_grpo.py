@@ -605,6 +605,47 @@ def test_groups_with_equal_rewards_do_not_move_the_model(make_recipe, checkpoint
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def red_images(prompts, completions, images, texts, **columns):
+    """Answers without images are all worth the same."""
+    return red(prompts, completions, images, [""] * len(texts), **columns)
+
+
+red_images.name, red_images.range = "red_images", (0.0, 1.0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"updates_per_rollout": 2, "steps": 2}, {"loss_type": "dapo"}])
+def test_answers_without_an_advantage_are_not_computed_and_that_changes_nothing(
+    make_recipe, tmp_path, monkeypatch, changes
+):
+    recipe = make_recipe(**{"steps": 1, **changes})
+    computed = []
+    original = rollout.score_answers
+
+    def spy(model, input_ids, *args, **options):
+        computed.append(len(input_ids))
+        return original(model, input_ids, *args, **options)
+
+    monkeypatch.setattr(rollout, "score_answers", spy)
+    skipped = run(recipe, tmp_path / "skipped", red_images)
+    assert skipped[0]["equal_groups/vqa"] == 1 > skipped[0]["equal_groups/t2i"]
+    assert skipped[0]["grad_norm"] > 0
+    passes = 2 * recipe.steps  # micro-batches of 6 of 12 answers
+    assert sum(computed[-passes:]) <= 8 * recipe.steps  # 4 of the 12 answer a vqa prompt
+    assert all(computed)
+
+    def everything(self, model, inputs):
+        self._token_kinds = inputs["token_kinds"]
+        return super(Emu35GRPOTrainer, self)._compute_loss(model, inputs)
+
+    monkeypatch.setattr(Emu35GRPOTrainer, "_compute_loss", everything)
+    computed.clear()
+    whole = run(recipe, tmp_path / "whole", red_images)
+    assert sum(computed[-passes:]) == 12 * recipe.steps
+    for mine, theirs in zip(skipped, whole, strict=True):
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)  # other shapes of matrix products
+        assert mine["clip_ratio/region_mean"] == pytest.approx(theirs["clip_ratio/region_mean"])
+
+
 def test_the_trainer_is_trl_s(make_recipe, tmp_path):
     recipe = make_recipe(steps=1)
     model, _ = load_policy(recipe)
