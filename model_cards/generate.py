@@ -251,6 +251,7 @@ def generated_blocks() -> dict[str, str]:
     return {
         "tasks": tables.overview_table(tiny),
         "bench": tables.bench_table(tiny["bench"]),
+        "bench-training": tables.training_tables(tiny["bench_training"]),
         "decoders": tables.decoders_overview_table(dida["decoders"], dida["decoders"]["threads"]),
         "decoders-all": tables.decoders_table(dida["decoders"]),
         "memory": tables.memory_table(released, image_tokens(64, 64)),

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from emu35.configuration_emu35 import Emu35Config
+from emu35.training.bench_grpo import grpo_tables
+from emu35.training.bench_train import train_tables
 from emu35.training.memory import NF4_BYTES, count_parameters
 
 Results = dict[str, Any]
@@ -265,6 +267,17 @@ def bench_table(bench: Results) -> str:
     )
     cores = f"{bench['environment']['threads']} CPU cores"
     return table((f"against the straightforward way ({cores}, released vocabulary)", "", "target", "command"), rows)
+
+
+def training_tables(bench: Results) -> str:
+    """What steps of fine-tuning and of GRPO take, beside plain ones."""
+    where = bench["environment"]
+    blocks = [f"{where['name']}, {where['threads']} threads, {where['dtype']}, torch {where['torch']}."]
+    for title, head, rows in (*train_tables(bench["train"]), *grpo_tables(bench["grpo"])):
+        name, _, more = title.strip().partition("\n")
+        blocks.append(f"**{name}**" + (f": {more}" if more else ""))
+        blocks.append(table(head, rows, 1))
+    return "\n\n".join(blocks)
 
 
 def speculative_table(decode: Results) -> str:

@@ -78,6 +78,7 @@ def run_benchmark(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    on_part: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the benchmark.
 
@@ -87,6 +88,7 @@ def run_benchmark(
         quick (`bool`): fewer repetitions, smaller inputs. The targets are not judged then.
         device (`str`), dtype (`torch.dtype`, *optional*): default float32 for "tiny" on a CPU, else bfloat16.
         seed (`int`): of weights and inputs.
+        on_part (`Callable`, *optional*): gets the results so far after each part, which may have taken an hour.
     Returns:
         `dict`: "environment", one entry a part, and "targets" (name, target, measured value, reached).
     Raises:
@@ -122,7 +124,9 @@ def run_benchmark(
         for part in bar:
             bar.set_description(part)
             results[part] = steps[part]()
-    results["targets"] = [] if quick or size != "tiny" else _targets(results)
+            results["targets"] = [] if quick or size != "tiny" else _targets(results)
+            if on_part is not None:
+                on_part(results)
     return results
 
 

@@ -723,10 +723,9 @@ def _bench(args: argparse.Namespace):
     register_part("grpo", bench_grpo.PART)
 
     device, dtype = find_device(args.device), find_dtype(args.dtype)
-    results = run_benchmark(args.parts, args.size, args.quick, device, dtype, args.seed)
+    keep = None if output is None else lambda results: _write_json(output, results)
+    results = run_benchmark(args.parts, args.size, args.quick, device, dtype, args.seed, on_part=keep)
     print(format_results(results))
-    if output is not None:
-        _write_json(output, results)
     if plots is not None:
         from emu35.bench_plots_emu35 import plot_decoders, plot_dida
 

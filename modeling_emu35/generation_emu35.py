@@ -506,13 +506,11 @@ class Emu35GenerationMixin(DidaMixin, GenerationMixin):
                 codebook_size,
             )
             return None
-        grids = [
-            torch.tensor(image.codes).view(image.token_height, image.token_width)
-            for images in found
-            for image in images
-        ]
-        pixels = iter(self.decode_image(grids) if grids else [])
-        return [[pixels_to_pil(next(pixels)) for _ in images] for images in found]
+        keys = [[(image.token_height, tuple(image.codes)) for image in images] for images in found]
+        distinct = list(dict.fromkeys(key for row in keys for key in row))  # a sure model repeats itself
+        grids = [torch.tensor(codes).view(height, -1) for height, codes in distinct]
+        pixels = dict(zip(distinct, self.decode_image(grids) if grids else (), strict=True))
+        return [[pixels_to_pil(pixels[key]) for key in row] for row in keys]
 
 
 def _repeat(rows: list, copies: int) -> list:

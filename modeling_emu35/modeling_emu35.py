@@ -1,14 +1,17 @@
 """The Emu3.5 decoder and its composite with the vision tokenizer."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
@@ -386,11 +389,16 @@ class Emu35ForConditionalGeneration(ReleasedCheckpointMixin, Emu35PreTrainedMode
             return (losses * weights).sum()
 
         size = max(1, LOSS_CHUNK_BYTES // (4 * self.config.text_config.vocab_size))
-        chunks = list(zip(hidden_states.split(size), targets.split(size), weights.split(size), strict=True))
+        num_chunks = max(1, math.ceil(len(targets) / size))
+        if is_deepspeed_zero3_enabled() and dist.is_initialized():
+            # Each pass through the head gathers its weights from all processes, so all must make as many.
+            most = torch.tensor(num_chunks, device=hidden_states.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            num_chunks = int(most)
         total = hidden_states.new_zeros((), dtype=torch.float32)
-        for chunk in chunks:
+        for chunk in zip(*(one.tensor_split(num_chunks) for one in (hidden_states, targets, weights)), strict=True):
             # Recomputing pays only where several chunks would have to be kept.
-            recompute = len(chunks) > 1 and torch.is_grad_enabled()
+            recompute = num_chunks > 1 and torch.is_grad_enabled()
             total = total + (checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk))
         if num_items_in_batch is None:
             return total / weights.sum().clamp(min=1e-8)

@@ -96,6 +96,19 @@ def test_image_quick():
     json.dumps(results)
 
 
+def test_what_is_measured_is_there_when_a_later_part_is_interrupted(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_emu35, "bench_vision", lambda *args: {"seconds": 1.0})
+    monkeypatch.setattr(bench_emu35, "bench_start", interrupted)
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(["vision", "start"], quick=True, on_part=lambda results: kept.append(json.dumps(results)))
+    (only,) = map(json.loads, kept)
+    assert only["vision"] == {"seconds": 1.0} and "start" not in only and only["environment"]["device"] == "cpu"
+
+
 def test_the_large_size_is_the_released_one():
     model = bench_memory_emu35.build_model({}, "meta", torch.bfloat16, seed=0)
     assert model.num_parameters() == 34_103_460_864

@@ -210,7 +210,7 @@ def test_the_random_model_is_batched_where_a_pass_is_small():
 
 def test_command_line_draws(results, monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench_emu35, "run_benchmark", lambda *args: {"decode": results})
+    monkeypatch.setattr(bench_emu35, "run_benchmark", lambda *args, **options: {"decode": results})
     monkeypatch.setattr(bench_emu35, "format_results", lambda results: "a table")
     folder = tmp_path / "plots"
     assert cli.main(["bench", "decode", "--plots", str(folder), "--device", "cpu"]) == 0
@@ -227,7 +227,7 @@ def test_command_line_draws(results, monkeypatch, capsys, tmp_path):
     ],
 )
 def test_plots_that_cannot_be_drawn_are_refused_at_once(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(bench_emu35, "run_benchmark", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(bench_emu35, "run_benchmark", lambda *args, **options: pytest.fail("measured"))
     assert cli.main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -224,7 +224,7 @@ def test_plots(results, tmp_path):
 
 def test_command_line_draws(results, monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench_emu35, "run_benchmark", lambda *args: {"dida": results})
+    monkeypatch.setattr(bench_emu35, "run_benchmark", lambda *args, **options: {"dida": results})
     monkeypatch.setattr(bench_emu35, "format_results", lambda results: "a table")
     assert cli.main(["bench", "dida", "--plots", str(tmp_path), "--device", "cpu"]) == 0
     assert capsys.readouterr().out.count(": written") == 3

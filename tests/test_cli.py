@@ -585,10 +585,16 @@ def test_bench_prints_a_table_and_writes_json(run, monkeypatch):
 
     results = {"environment": {}, "targets": []}
     calls = []
-    monkeypatch.setattr(bench_emu35, "run_benchmark", lambda *args: calls.append(args) or results)
+
+    def measure(*args, on_part):
+        calls.append(args)
+        on_part(results)
+        return results
+
+    monkeypatch.setattr(bench_emu35, "run_benchmark", measure)
     monkeypatch.setattr(bench_emu35, "format_results", lambda results: "a table")
     status, out, _ = run("bench", "image", "loss", "--quick", "--output", "bench.json", "--device", "cpu")
-    assert (status, out) == (0, "a table\nbench.json: written\n")
+    assert (status, out) == (0, "bench.json: written\na table\n")
     assert json.loads(Path("bench.json").read_text()) == results
     assert calls == [(["image", "loss"], "tiny", True, "cpu", None, 0)]
 

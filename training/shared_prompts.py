@@ -1,4 +1,4 @@
-"""Answers to the same prompts in one pass, which computes each prompt once.
+"""Answers to the same prompts in one pass, which computes each prompt once, and equal answers to it.
 
     rows of a batch           one sequence, without padding
 
@@ -47,7 +47,7 @@ class SharedPrompts:
 
     Attributes:
         input_ids, position_ids (`torch.LongTensor` of shape `(1, tokens)`):
-            each prompt once, and answers but for their last tokens, which nothing follows.
+            each prompt once, and different answers but for their last tokens, which nothing follows.
         before (`torch.LongTensor` of shape `(batch, answer_length)`):
             the place of the token before each token of the answers: what predicts it.
     """
@@ -63,28 +63,30 @@ class SharedPrompts:
         ids, positions, self._parts = [], [], []
         before = torch.zeros(len(own), answer_length, dtype=torch.long)
         for together in like_lengths([len(text) for text in texts]):
-            starts, rows, prompt_of = [], [], []
-            for number, text in enumerate(texts[index] for index in together):
+            starts, sizes = [], [len(texts[index]) for index in together]
+            for index in together:
                 starts.append(len(ids))
-                ids += text
-                positions += range(len(text))
-                rows += prompts[text]
-                prompt_of += [number] * len(prompts[text])
-            sizes = [len(texts[index]) for index in together]
+                ids += texts[index]
+                positions += range(len(texts[index]))
             self._parts.append(_Part(*_places(starts, sizes, device)))
-            answer_starts = []
-            for row, number in zip(rows, prompt_of, strict=True):
-                answer_starts.append(len(ids))
-                before[row, : lengths[row]] = torch.arange(len(ids) - 1, len(ids) - 1 + lengths[row])
-                before[row, 0] = starts[number] + sizes[number] - 1
-                ids += own[row][sizes[number] : -1]
-                positions += range(sizes[number], len(own[row]) - 1)
-            answer_sizes = [lengths[row] - 1 for row in rows]
+            answers: dict[tuple[int, ...], int] = {}  # prompt and answer, but for the last token -> its start
+            prompt_of, answer_sizes = [], []
+            for number, index in enumerate(together):
+                for row in prompts[texts[index]]:
+                    text = tuple(own[row][:-1])
+                    if text not in answers:
+                        answers[text] = len(ids)
+                        prompt_of.append(number)
+                        answer_sizes.append(len(text) - sizes[number])
+                        ids += text[sizes[number] :]
+                        positions += range(sizes[number], len(text))
+                    before[row, : lengths[row]] = torch.arange(lengths[row]) + answers[text] - 1
+                    before[row, 0] = starts[number] + sizes[number] - 1
             if any(answer_sizes):
-                places, kept = _places(answer_starts, answer_sizes, device)
+                places, kept = _places(list(answers.values()), answer_sizes, device)
                 longest = places.shape[1]
                 known = torch.arange(max(sizes)) < torch.tensor(sizes)[prompt_of][:, None]  # (answers, longest_prompt)
-                causal = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(rows), -1, -1)
+                causal = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(prompt_of), -1, -1)
                 visible = torch.cat([known[:, None].expand(-1, longest, -1), causal], dim=-1)[:, None]
                 self._parts.append(_Part(places, kept, torch.tensor(prompt_of, device=device), visible.to(device)))
         self.input_ids = torch.tensor([ids], device=device)

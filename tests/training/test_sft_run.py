@@ -1,11 +1,13 @@
 """Fine-tuning runs on a random model: what they learn and leave, and that interrupted ones end as others do."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -357,9 +359,45 @@ def test_weights_sharded_by_fsdp2_learn_and_are_saved_as_whole_ones(run, tmp_pat
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "sharded.py"), str(tmp_path / "sharded.yaml")]
     subprocess.run(command, check=True, timeout=900, env=env)
-    for (_, one), (_, other) in zip(losses(whole), losses(sharded), strict=True):
+    assert_same_training(whole, sharded, exported)
+
+
+#: `emu35 train` with DeepSpeed on a CPU, which transformers has for other devices only; loss in several chunks.
+SHARDED_BY_DEEPSPEED = """\
+import sys
+
+from emu35 import modeling_emu35
+from emu35.cli import main
+from emu35.training import sft_trainer
+
+plain = sft_trainer.TrainingArguments
+sft_trainer.TrainingArguments = lambda **values: plain(**{**values, "use_cpu": False})
+modeling_emu35.LOSS_CHUNK_BYTES = 4 * 400 * 16
+main(["train", sys.argv[1], "--debug"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed, and a compiler: it builds its optimiser")
+def test_weights_sharded_by_zero3_learn_and_are_saved_as_whole_ones(run, tmp_path):
+    """With the configuration that is shipped."""
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    exported = run(whole, lora=None, gradient_checkpointing=True)
+    values = yaml.safe_load((whole / "recipe.yaml").read_text()) | {"rows": 1, "output_dir": str(sharded)}
+    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "sharded.py").write_text(SHARDED_BY_DEEPSPEED)
+    config = Path(__file__).parents[2] / "training" / "recipes" / "accelerate" / "deepspeed.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", "--mixed_precision", "no"]
+    command += [str(tmp_path / "sharded.py"), str(tmp_path / "sharded.yaml")]
+    subprocess.run(command, check=True, timeout=900, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert_same_training(whole, sharded, exported)
+
+
+def assert_same_training(folder, other_folder, exported):
+    for (_, one), (_, other) in zip(losses(folder), losses(other_folder), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
-    assert evaluations(whole)[-1]["eval_loss"] == pytest.approx(evaluations(sharded)[-1]["eval_loss"], rel=1e-3)
-    models = [Emu35ForConditionalGeneration.from_pretrained(path) for path in (exported, sharded / "export")]
+    assert evaluations(folder)[-1]["eval_loss"] == pytest.approx(evaluations(other_folder)[-1]["eval_loss"], rel=1e-3)
+    models = [Emu35ForConditionalGeneration.from_pretrained(path) for path in (exported, other_folder / "export")]
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)

@@ -16,6 +16,7 @@ from emu35.training.shapes import (
     Relation,
     Scene,
     SceneObject,
+    checker,
     meaning_of,
     parse_caption,
     read_scene,
@@ -343,3 +344,21 @@ def test_read_scene_takes_one_image(pixels):
         read_scene(pixels[:4])
     with pytest.raises(ValueError, match="must have shape"):
         read_scene(Image.new("RGB", (64, 48)))
+
+
+def test_images_that_were_read_before_are_remembered(monkeypatch):
+    scenes = [Scene((SceneObject(shape, "red", "large", 1, 1),), "white") for shape in ("circle", "square")]
+    first, second = (render(scene) for scene in scenes)
+    expected = read_scenes(np.stack([first, second]))
+    counted = []
+    original = checker._read
+    monkeypatch.setattr(checker, "_read", lambda cells: counted.append(len(cells)) or original(cells))
+    assert read_scenes(np.stack([second, first, second])) == [expected[1], expected[0], expected[1]]
+    assert counted == []
+    third = render(Scene((SceneObject("ring", "blue", "small", 0, 2),), "black"))
+    assert read_scenes(np.stack([third, first, third]))[2].objects[0].shape == "ring"
+    assert counted == [1]
+    monkeypatch.setattr(checker, "_REMEMBERED", 1)
+    assert read_scenes(np.stack([first, second])) == expected
+    assert read_scenes(first[None] / np.float32(255))[0].objects[0].shape == "circle"
+    assert len(checker._remembered) <= 1

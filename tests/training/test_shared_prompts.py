@@ -13,6 +13,9 @@ ROWS = [
     ([1, 2, 3, 4, 5], [19, 20]),
     ([7, 8], [21]),
     ([9, 9, 9, 9, 9, 9], [22, 23]),
+    ([7, 8], [15, 16, 17, 24]),  # differs in the last token, which is not there
+    ([1, 2, 3, 4, 5], [11, 12, 13]),  # said before
+    ([9, 9, 9, 9, 9, 9, 9], [22, 23]),  # to another prompt
 ]
 
 
@@ -28,11 +31,11 @@ def batch(rows=ROWS):
     return torch.tensor(ids), torch.tensor(mask), torch.tensor(kinds)
 
 
-def test_each_prompt_is_there_once_and_last_tokens_are_not():
+def test_each_prompt_and_answer_is_there_once_and_last_tokens_are_not():
     ids, mask, kinds = batch()
     shared = SharedPrompts(ids, mask, kinds.shape[1])
     found, positions = shared.input_ids[0].tolist(), shared.position_ids[0].tolist()
-    assert sorted(found) == sorted([1, 2, 3, 4, 5, 7, 8, *[9] * 6, 11, 12, 15, 16, 17, 19, 22])
+    assert sorted(found) == sorted([1, 2, 3, 4, 5, 7, 8, *[9] * 13, 11, 12, 15, 16, 17, 19, 22, 22])
     assert positions[found.index(8)] == 1 and positions[found.index(12)] == 6 and positions[found.index(17)] == 4
     for row, (prompt, answer) in enumerate(ROWS):
         assert shared.input_ids[0, shared.before[row, : len(answer)]].tolist() == [prompt[-1], *answer[:-1]]

@@ -79,11 +79,15 @@ class WorldReward(SampleReward):
         return super().__call__(prompts, completions, **columns)
 
     def scores(self, samples: Sequence[Sample]) -> list[float | None]:
-        return [self._score(sample) for sample in samples]
+        answers = [_answers(sample) for sample in samples]
+        pictures = [one for turns in answers for turn in turns for one in turn if isinstance(one, np.ndarray)]
+        if pictures:
+            read_scenes(np.stack(pictures))  # together, which takes less; the checkers then find it remembered
+        return [self._score(sample, own) for sample, own in zip(samples, answers, strict=True)]
 
-    def _score(self, sample: Sample) -> float | None:
+    def _score(self, sample: Sample, answers: list[list[Said]]) -> float | None:
         task, meaning = sample.columns["task"], sample.columns["meaning"]
-        found = check_answer(task, meaning, _answers(sample))
+        found = check_answer(task, meaning, answers)
         if self.marks is not None:
             values = [found[mark] for mark in self.marks if found.get(mark) is not None]
             return mean(values) if values else None
