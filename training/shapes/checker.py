@@ -44,7 +44,7 @@ _CHUNK = 128
 """Images read at once: 55 KB each in float64, a few copies of which should stay in the processor's cache."""
 
 _REMEMBERED = 4096
-"""What was read of so many images is kept: the rewards of a run ask for the same ones again, and groups repeat them."""
+"""What was read of so many images is kept: several rewards ask for the same ones, and groups repeat them."""
 _remembered: dict[bytes, "ReadScene"] = {}
 
 _COLOR_NAMES = tuple(COLORS)
