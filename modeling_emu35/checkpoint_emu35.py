@@ -282,6 +282,10 @@ class ReleasedCheckpointMixin(StrictCheckpointMixin):
         self.vision_tokenizer = vision_tokenizer.float().train(self.training).to(device)
         self.config.vision_tokenizer_config = vision_tokenizer.config
 
+    def detach_vision_tokenizer(self) -> None:
+        """Leaves a model of text and codes, whose checkpoints have no vision tokenizer."""
+        self.vision_tokenizer = self.config.vision_tokenizer_config = None
+
 
 def _load_vision_tokenizer(vision_tokenizer: "str | os.PathLike | Emu35VisionTokenizer") -> "Emu35VisionTokenizer":
     # Not at the top of the file: the vision tokenizer itself loads through this module.

@@ -61,7 +61,7 @@ class BenchModel:
         if self.decoder is not None:
             return build_model(self.decoder, device, dtype, seed)
         model = Emu35ForConditionalGeneration.from_pretrained(TINY, dtype=dtype).to(device)
-        model.vision_tokenizer = None
+        model.detach_vision_tokenizer()
         return model
 
 

@@ -54,6 +54,15 @@ class LossLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
+class ResumedAtTheEnd:
+    """Mixed into a [`Trainer`], which would otherwise make one more step when it is resumed after its last."""
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
+
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of a [`LossLog`]; a last line cut short by a crash is left out."""
     records = []

@@ -40,7 +40,7 @@ try:
 except ImportError as error:
     raise ImportError("GRPO needs `trl`: `pip install 'emu35[train]'`.") from error
 
-from .checkpointing import LossLog, read_log
+from .checkpointing import LossLog, ResumedAtTheEnd, read_log
 from .contact_sheet import contact_sheet
 from .distributed import launch, world_size
 from .grpo_card import LOG, write_card
@@ -64,7 +64,7 @@ _NUM_SAMPLES = 24
 _MODALITIES = {"visual": (TokenKind.VISUAL,), "text": (TokenKind.TEXT, TokenKind.TEXT_WITHOUT_IMAGES)}
 
 
-class Emu35GRPOTrainer(GRPOTrainer):
+class Emu35GRPOTrainer(ResumedAtTheEnd, GRPOTrainer):
     """[`GRPOTrainer`] for answers of text and images.
 
     Args:
@@ -103,7 +103,11 @@ class Emu35GRPOTrainer(GRPOTrainer):
         prompts = load_prompts(recipe)
         if rewards is None:
             rewards = recipe.reward_mix(prompt_tasks(prompts))
-            rewards.load()
+        for reward in _listed(rewards):
+            if hasattr(reward, "load"):
+                reward.load()
+            if isinstance(reward, RewardMix):
+                check_rewards(reward, prompts, loaded=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
             super().__init__(
@@ -200,19 +204,18 @@ class Emu35GRPOTrainer(GRPOTrainer):
             metrics[f"equal_groups/{task}"].append(equal[own].float().mean().item())
         metrics["unscored"].append(total.isnan().float().mean().item())
         if self.is_world_process_zero() and self.state.global_step % self.recipe.samples_every == 0:
-            self._show(inputs, total[: len(inputs)].tolist())
+            means = groups.nanmean(dim=1).repeat_interleave(self.num_generations)
+            self._show(inputs, total.tolist(), (total >= means).tolist())
         return rewards
 
-    def _show(self, rows: list[dict[str, Any]], rewards: list[float]):
-        """A page of images, each with its reward and prompt; green where it is above its group's mean."""
+    def _show(self, rows: list[dict[str, Any]], rewards: list[float], is_better: list[bool]):
+        """A page of this process's images, each with its reward and prompt; green: not below its group's mean."""
         images, texts, better = [], [], []
-        for place, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
-            start = place // self.num_generations * self.num_generations
-            group = rewards[start : start + self.num_generations]
+        for place, row in enumerate(rows):
             if row["images"] and len(images) < _NUM_SAMPLES:
                 images.append(row["images"][-1])
-                texts.append(f"{reward:.1f} {row['prompt']}")
-                better.append(reward >= sum(group) / len(group))
+                texts.append(f"{rewards[place]:.1f} {row['prompt']}")
+                better.append(is_better[place])
         if not images:
             return
         path = self.directory / "samples" / f"{self.state.global_step:06d}.png"
@@ -244,19 +247,22 @@ class Emu35GRPOTrainer(GRPOTrainer):
         self._token_kinds = inputs["token_kinds"]
         if not self.beta:  # an answer without an advantage has no gradient
             self._learnt = inputs["advantages"].nonzero()[:, 0]
-            if not len(self._learnt):  # each process passes through the model: gradients are summed over all
+            if not len(self._learnt):
+                # A stand-in, for each process must pass through the model: gradients are summed over all.
                 self._learnt = torch.zeros(1, dtype=torch.long, device=inputs["advantages"].device)
             if inputs.get("old_per_token_logps") is not None:  # of answers left out: as their own, a ratio of 1
                 old = torch.zeros_like(inputs["old_per_token_logps"])
                 old[self._learnt] = inputs["old_per_token_logps"][self._learnt]
                 inputs = {**inputs, "old_per_token_logps": old}
         loss = super()._compute_loss(model, inputs)
+        if not self.beta and not inputs["advantages"].any():
+            self._scores = tuple(values[:0] for values in self._scores)  # nothing is learnt from the stand-in
         self._learnt = None
         self._log_modalities(inputs)
         return loss
 
     def _log_modalities(self, inputs: dict[str, Any]):
-        """Entropy and KL divergence by modality, of answers that are computed.  TRL's own are over all alike."""
+        """Entropy and KL divergence by modality, of answers that are learnt from.  TRL's own are over all alike."""
         log_probs, entropies, token_kinds = self._scores
         values = {"entropy": entropies}
         if "ref_per_token_logps" in inputs:
@@ -289,7 +295,7 @@ class Emu35GRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            state = {"processes": self.accelerator.num_processes, "recipe": dataclasses.asdict(self.recipe)}
+            state = {"recipe": dataclasses.asdict(self.recipe)}
             temporary = self.directory / f"{_COMPLETE}.tmp"
             temporary.write_text(json.dumps(state))
             os.replace(temporary, self.directory / f"checkpoint-{self.state.global_step}" / _COMPLETE)
@@ -454,9 +460,15 @@ def save_model(
     processor.save_pretrained(directory)
 
 
-def check_rewards(mix: RewardMix, prompts: Dataset):
+def _listed(rewards: Callable | list[Callable]) -> list[Callable]:
+    return rewards if isinstance(rewards, list) else [rewards]
+
+
+def check_rewards(mix: RewardMix, prompts: Dataset, loaded: bool = False):
     """Whether rewards find their columns, and what they give for a blank picture as the answer to each task.
 
+    Args:
+        loaded (`bool`): ask those that have weights, which are loaded; else those that have none.
     Raises:
         TypeError, ValueError: see [`RewardMix`].
     """
@@ -466,6 +478,7 @@ def check_rewards(mix: RewardMix, prompts: Dataset):
     mix.rehearse(
         prompts=[prompt_text(row["prompt"]) for row in rows],
         completions=[""] * len(rows),
+        loaded=loaded,
         messages=[as_messages(row["prompt"]) for row in rows],
         images=[[blank] for _ in rows],
         texts=[""] * len(rows),
@@ -491,14 +504,15 @@ def train_grpo(
         rewards (`Callable` or a list of them, *optional*):
             instead of the recipe's: `reward(prompts, completions, **columns) -> list[float | None]`. `prompts` are
             texts; columns are those of the prompts, `messages` (the prompts with their images), and `images`, `texts`
-            and `segments` of the answers. For several processes it must pickle.
+            and `segments` of the answers. For several processes it must pickle. A [`RewardMix`] is checked as the
+            recipe's is.
         device (`str`): "cpu": `recipe.processes` processes share a step; "cuda": those that `accelerate launch` made.
         progress (`bool`): show a progress bar.
     Raises:
         OSError: if there is no such model.
         ValueError: if the recipe's numbers don't come out even, `directory` holds a run of another recipe, a prompt
-            cannot be asked (see [`check_prompts`]), or a reward of the recipe lacks a column or returns what it may
-            not. All before anything is loaded, but for rewards that have weights.
+            cannot be asked (see [`check_prompts`]), or a reward lacks a column or returns what it may not. All before
+            anything is loaded, but for rewards that have weights: those are asked when theirs are.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
     processes = int(os.environ["WORLD_SIZE"]) if launched else recipe.processes if device == "cpu" else 1
@@ -506,8 +520,10 @@ def train_grpo(
     stored_dtype(recipe)
     prompts = load_prompts(recipe)
     mix = recipe.reward_mix(prompt_tasks(prompts)) if rewards is None else rewards  # each process then has its own
-    if isinstance(mix, RewardMix):
-        check_rewards(mix, prompts)
+    for reward in _listed(mix):
+        if isinstance(reward, RewardMix):
+            reward.check_tasks(prompt_tasks(prompts))
+            check_rewards(reward, prompts)
     check_prompts(recipe, prompts)
     Path(directory).mkdir(parents=True, exist_ok=True)
     arguments = (recipe, rewards, str(directory), str(export_dir), device, progress)

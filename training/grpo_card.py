@@ -23,6 +23,7 @@ from emu35.model_cards.index import evaluated
 from .checkpointing import read_log
 from .grpo_recipe import GRPORecipe
 from .recipe import load_recipe
+from .rollout import RolloutSettings
 
 LOG, CURVES = "log.jsonl", "curves.png"
 _WINDOW = 10
@@ -30,7 +31,7 @@ _WINDOW = 10
 _PANELS = (
     ("reward by component", "rewards/", "/mean"),
     ("reward by task", "reward/", ""),
-    ("entropy (nats)", "entropy/", ""),
+    ("entropy (nats), answers learnt from", "entropy/", ""),
     ("KL divergence (nats)", "kl/", ""),
     ("groups with equal rewards", "equal_groups/", ""),
 )
@@ -119,7 +120,7 @@ def write_card(
         description=f"Groups of {recipe.group_size} answers to one prompt, compared by {_names(recipe)}.",
         is_adapter=recipe.lora is not None,
         data="Prompts without answers: `prompts` of the recipe. What is right is for the rewards to say.",
-        results=f"{_measured(pairs)}### In training\n\n{_progress(log)}\n{picture}",
+        results=f"{_measured(pairs)}### In training\n\n{_progress(log, recipe.rollout)}\n{picture}",
         recipe=yaml.safe_dump(values, sort_keys=False),
         tags=["grpo"],
         eval_results=evaluated({after["task"]: after for _, after in pairs}),
@@ -177,7 +178,7 @@ def headline_rates(result: dict[str, Any]) -> dict[str, float]:
     return {"world reward": result["world_reward"], **{name.replace("_", " "): value for name, value in rates.items()}}
 
 
-def _progress(log: Sequence[dict[str, Any]]) -> str:
+def _progress(log: Sequence[dict[str, Any]], rollout: RolloutSettings) -> str:
     """A table of the first and the last steps."""
     curves = {f"reward, {name}": curve for name, curve in _curves(log, "rewards/", "/mean").items()}
     curves |= {f"reward, task {name}": curve for name, curve in _curves(log, "reward/", "").items()}
@@ -190,7 +191,10 @@ def _progress(log: Sequence[dict[str, Any]]) -> str:
     for name, (_, values) in curves.items():
         first, last = values[:few], values[-few:]
         lines.append(f"| {name} | {sum(first) / len(first):.3f} | {sum(last) / len(last):.3f} |")
-    return "\n".join(lines) + "\n\nAnswers of training are drawn at temperature 1 without guidance, top-k or top-p.\n"
+    how = (
+        f"temperature {rollout.temperature:g} (images: {rollout.image_temperature:g}) without guidance, top-k or top-p"
+    )
+    return "\n".join(lines) + f"\n\nAnswers of training are drawn at {how}.\n"
 
 
 def main(arguments: Sequence[str] | None = None):

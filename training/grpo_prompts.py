@@ -62,10 +62,13 @@ def load_prompts(recipe: GRPORecipe) -> Dataset:
         )
 
     def read(rows: dict[str, list]) -> dict[str, list]:
-        return {
-            **rows,
-            "prompt": [_read_prompt(one, None if path.is_dir() else path.parent) for one in rows["prompt"]],
-        }
+        prompts = []
+        for number, one in enumerate(rows["prompt"]):
+            if number and one == rows["prompt"][number - 1]:  # of one group: one object, encoded once
+                prompts.append(prompts[-1])
+            else:
+                prompts.append(_read_prompt(one, None if path.is_dir() else path.parent))
+        return {**rows, "prompt": prompts}
 
     return dataset.with_transform(read)
 
@@ -84,13 +87,20 @@ def check_prompts(recipe: GRPORecipe, prompts: Dataset):
     Raises:
         OSError: if there is no such model.
         ValueError: if a prompt is empty or malformed, has an image that is missing or broken, or leaves no room for
-            an answer in the context.
+            an answer in the context; or if the model draws pictures and has no vision tokenizer to see them by.
     """
+    path = checkpoint_path(recipe.model)
+    config, stored = Emu35Config.from_pretrained(path), Emu35GenerationConfig.from_pretrained(path)
+    if config.vision_tokenizer_config is None:
+        for task in sorted(prompt_tasks(prompts)):
+            if recipe.rollout.config(stored, task).generation_mode != "text":
+                raise ValueError(
+                    f"answers to {task!r} have images, and {path} has no vision tokenizer to show them to rewards. "
+                    "Merge the two with `python -m emu35.convert_emu35_to_hf`, or leave the task out."
+                )
     if recipe.prompts.world is not None:
         return
-    path = checkpoint_path(recipe.model)
-    config, processor = Emu35Config.from_pretrained(path), Emu35Processor.from_pretrained(path)
-    stored = Emu35GenerationConfig.from_pretrained(path)
+    processor = Emu35Processor.from_pretrained(path)
     rooms = {task: _room(config, recipe.rollout.config(stored, task)) for task in prompt_tasks(prompts)}
     for number in range(len(prompts)):
         where = f"{recipe.prompts.path}, row {number}"

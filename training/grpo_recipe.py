@@ -1,6 +1,7 @@
 """Recipes with `method: grpo`: how a trained model is improved against rewards (see `grpo`)."""
 
 import importlib
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,12 @@ class RewardRecipe:
             except (ImportError, AttributeError) as error:
                 raise ValueError(f"`rewards`: cannot import {self.reward!r}: {error}.") from error
         if isinstance(found, type) or self.arguments:
+            if isinstance(found, type):
+                known = [one for one in inspect.signature(found).parameters.values() if one.kind != one.VAR_KEYWORD]
+                takes_all = len(known) < len(inspect.signature(found).parameters)
+                for name in self.arguments:
+                    if not takes_all and name not in [one.name for one in known]:
+                        raise ValueError(f"`rewards`: {self.reward}: {_unknown(name, [one.name for one in known])}")
             try:
                 found = found(**self.arguments)
             except TypeError as error:
@@ -197,11 +204,12 @@ class GRPORecipe:
         else:
             dropout = "0: log-probabilities must be those the answers were drawn with"
             _require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, dropout)
-        if self.save_every % self.updates_per_rollout:
-            raise ValueError(
-                f"`save_every`={self.save_every} must be a multiple of `updates_per_rollout`="
-                f"{self.updates_per_rollout}: answers are not saved, so a resumed run begins with new ones."
-            )
+        for name in ("save_every", "steps"):
+            if getattr(self, name) % self.updates_per_rollout:
+                raise ValueError(
+                    f"`{name}`={getattr(self, name)} must be a multiple of `updates_per_rollout`="
+                    f"{self.updates_per_rollout}: answers are not saved, so a resumed run begins with new ones."
+                )
 
     def reward_mix(self, tasks: Iterable[str]) -> RewardMix:
         """The rewards, with nothing loaded yet.

@@ -81,8 +81,14 @@ def train_sft(
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(directory)
     _check_recipe(recipe, directory, checkpoint)
+    _check_launch(recipe)
     path = checkpoint_path(recipe.model)
-    recipe.check_context(Emu35Config.from_pretrained(path))
+    config = Emu35Config.from_pretrained(path)
+    recipe.check_context(config)
+    if recipe.samples and config.vision_tokenizer_config is None:
+        raise ValueError(f"`samples`: {path} has no vision tokenizer to draw them with. Leave them out.")
+    if recipe.push_to_hub:
+        make_repository(recipe.push_to_hub)  # says now if the name or the token is wrong
     processor = Emu35Processor.from_pretrained(path)
     # Apart from the model, it is neither trained nor sharded nor saved with each checkpoint. Loaded before anything is
     # known of other processes, it is whole in each of them.
@@ -95,7 +101,7 @@ def train_sft(
     )
     transformers.set_seed(recipe.seed)
     model = load_model(recipe, device)
-    model.vision_tokenizer = None
+    model.detach_vision_tokenizer()
     encodes = not all(isinstance(source.rows, PreparedRows) for source in (*sources, *eval_sources))
     if vision_tokenizer is not None and (encodes or recipe.samples):
         vision_tokenizer.to(arguments.device)
@@ -125,8 +131,23 @@ def _check_recipe(recipe: SFTRecipe, directory: Path, checkpoint: Path | None):
                 f"{directory} holds a run of another recipe: `{changed[0]}` was {before.get(changed[0])!r}, now "
                 f"{now[changed[0]]!r}. Use another `output_dir`, or start anew with --restart."
             )
-    if int(os.environ.get("RANK", 0)) == 0:
-        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    elif int(os.environ.get("RANK", 0)) == 0:
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _check_launch(recipe: SFTRecipe):
+    """Raises a ValueError if `accelerate launch` was told what does not go with the recipe."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16" or (precision == "bf16" and not recipe.bf16):
+        raise ValueError(
+            f"accelerate was started with mixed precision {precision}, and the recipe says `bf16: "
+            f"{str(recipe.bf16).lower()}`. Start it with --mixed_precision {'bf16' if recipe.bf16 else 'no'}."
+        )
+    for name, sharding in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero3")):
+        if os.environ.get(name) == "true":
+            dataclasses.replace(recipe, hardware=dataclasses.replace(recipe.hardware, sharding=sharding))
 
 
 def merge_adapter(adapter: str | os.PathLike, directory: str | os.PathLike, model: str | os.PathLike | None = None):
@@ -143,10 +164,24 @@ def merge_adapter(adapter: str | os.PathLike, directory: str | os.PathLike, mode
     Emu35Processor.from_pretrained(model).save_pretrained(directory)
 
 
+def make_repository(name: str):
+    """Makes a private repository on the Hub, if there is none of that name.
+
+    Raises:
+        ValueError: if that cannot be: the name is bad, there is no token or it may not write, or the Hub is not there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().create_repo(name, private=True, exist_ok=True)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise ValueError(f"`push_to_hub`: {name!r} cannot be written: {error} Log in with `hf auth login`.") from error
+
+
 def push(directory: str | os.PathLike, repository: str):
     """Uploads an export to the Hub, as a private repository if it is new."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(repository, private=True, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=str(directory))
+    make_repository(repository)
+    HfApi().upload_folder(repo_id=repository, folder_path=str(directory))

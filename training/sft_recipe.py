@@ -200,6 +200,18 @@ class SFTRecipe:
         _require(self.save_every > 0, "save_every", self.save_every, "positive")
         _require(self.batch_rows % self.rows == 0, "batch_rows", self.batch_rows, f"a multiple of `rows`={self.rows}")
         _require(0 <= self.unconditional_share < 1, "unconditional_share", self.unconditional_share, "in [0, 1)")
+        _require(all(one.strip() for one in self.samples), "samples", self.samples, "prompts with words in them")
+        sharding, bits = self.hardware.sharding, self.lora.quantization if self.lora else None
+        if sharding != "none" and bits:
+            raise ValueError(
+                f"`lora.quantization`={bits!r} cannot be sharded with {sharding}: each GPU keeps the whole model, in "
+                "a quarter of the memory. Start without an accelerate configuration, or leave the quantisation out."
+            )
+        if sharding == "zero3" and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"`optimizer.name`={self.optimizer.name!r} would become DeepSpeed's own with zero3, which has the "
+                'optimiser in main memory. Set "adamw", or shard with fsdp2.'
+            )
         weight = self.visual_loss_weight
         _require(weight is None or weight >= 0, "visual_loss_weight", weight, "not negative")
         for name, known in (

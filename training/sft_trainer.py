@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .checkpointing import LossLog
+from .checkpointing import LossLog, ResumedAtTheEnd
 from .data import Collator, ExampleWriter, PackedRows, PreparedRows, Source, best_fit, is_prepared, read_example
 from .data.examples import IGNORED, ROW_ERRORS, Example, encode_images
 from .data.reading import read_rows
@@ -83,7 +83,7 @@ def open_source(
     return Source(recipe.name, rows, write, recipe.weight)
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(ResumedAtTheEnd, Trainer):
     """transformers' Trainer with our rows, our weights of tokens, and losses by modality and source.
 
     Args:
@@ -284,7 +284,10 @@ class Watcher(TrainerCallback):
         # One process cannot draw with its share of the weights.
         self.draws = bool(trainer.recipe.samples) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         if trainer.recipe.samples and not self.draws:
-            logger.warning("`samples` are not drawn while weights are sharded; draw them of the checkpoints.")
+            logger.warning(
+                "`samples` are not drawn while weights are sharded. Draw them of the checkpoints, loaded with "
+                "`from_pretrained(checkpoint, vision_tokenizer=MODEL)`."
+            )
         self.looks = bool(trainer.eval_sources or self.draws)
         next_step = first_step + 1 if first_step else 0
         self.log = LossLog(directory / "losses.jsonl", next_step) if trainer.args.should_save else None
@@ -327,9 +330,9 @@ def draw(trainer: SFTTrainer, prompts: list[str]) -> list:
     """A picture for each prompt, of the model as it is now."""
     adapted = trainer.accelerator.unwrap_model(trainer.model)
     model = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
-    model.vision_tokenizer = trainer.vision_tokenizer
     was_training = model.training
     model.eval()
+    model.attach_vision_tokenizer(trainer.vision_tokenizer)
     try:
         inputs = trainer.processor(text=prompts, task="t2i").to(model.device)
         generator = torch.Generator(model.device).manual_seed(trainer.recipe.seed)
@@ -337,7 +340,7 @@ def draw(trainer: SFTTrainer, prompts: list[str]) -> list:
             output = model.generate(**inputs, task="t2i", generation_mode="image", generator=generator)
         return [images[0] for images in output.images]
     finally:
-        model.vision_tokenizer = None
+        model.detach_vision_tokenizer()
         model.train(was_training)
 
 
@@ -346,7 +349,7 @@ def _save_model(model, state: dict[str, torch.Tensor], vision_tokenizer, process
     stored = type(model.config).from_pretrained(model.config._name_or_path).dtype or torch.bfloat16
     state = {name: tensor.to(stored) for name, tensor in state.items()}
     if vision_tokenizer is not None:
-        model.vision_tokenizer = vision_tokenizer
+        model.attach_vision_tokenizer(vision_tokenizer)
         state |= {f"vision_tokenizer.{name}": tensor.cpu() for name, tensor in vision_tokenizer.state_dict().items()}
     model.config.dtype = model.config.text_config.dtype = stored
     model.save_pretrained(directory, state_dict=state)

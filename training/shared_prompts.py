@@ -69,18 +69,18 @@ class SharedPrompts:
                 ids += texts[index]
                 positions += range(len(texts[index]))
             self._parts.append(_Part(*_places(starts, sizes, device)))
-            answers: dict[tuple[int, ...], int] = {}  # prompt and answer, but for the last token -> its start
+            answers: dict[tuple[int, tuple[int, ...]], int] = {}  # prompt, all but the last token -> its start
             prompt_of, answer_sizes = [], []
             for number, index in enumerate(together):
                 for row in prompts[texts[index]]:
                     text = tuple(own[row][:-1])
-                    if text not in answers:
-                        answers[text] = len(ids)
+                    if (number, text) not in answers:
+                        answers[number, text] = len(ids)
                         prompt_of.append(number)
                         answer_sizes.append(len(text) - sizes[number])
                         ids += text[sizes[number] :]
                         positions += range(sizes[number], len(text))
-                    before[row, : lengths[row]] = torch.arange(lengths[row]) + answers[text] - 1
+                    before[row, : lengths[row]] = torch.arange(lengths[row]) + answers[number, text] - 1
                     before[row, 0] = starts[number] + sizes[number] - 1
             if any(answer_sizes):
                 places, kept = _places(list(answers.values()), answer_sizes, device)

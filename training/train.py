@@ -22,6 +22,7 @@ from emu35.devices_emu35 import multiplies_bfloat16
 from emu35.image_processing_emu35 import Emu35ImageProcessor
 from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 from emu35.processing_emu35 import Emu35Processor
+from emu35.saving_emu35 import check_output_directory
 from emu35.tokenization_emu35 import token_layout_from_tokenizer, train_small_tokenizer
 
 from .dida_recipe import DiDARecipe
@@ -64,9 +65,15 @@ def train(
     vision_tokenizer_dir, processor_dir = output_dir / "vision_tokenizer", output_dir / "processor"
     language_model_dir, dida_dir = output_dir / "language_model", output_dir / "dida"
     sft_dir, grpo_dir = output_dir / "sft", output_dir / "grpo"
+    if not resume and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "several processes cannot start anew together: each would delete what another has begun. Delete "
+            f"{output_dir} yourself, and leave --restart out."
+        )
     if not resume:
         for directory in (vision_tokenizer_dir, processor_dir, language_model_dir, dida_dir, sft_dir, grpo_dir):
             shutil.rmtree(directory, ignore_errors=True)
+    check_output_directory(export_dir, overwrite=True, name="export_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(recipe, DiDARecipe):
         from .dida import train_dida  # needs PEFT

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from emu35.training.grpo_plan import estimate_grpo_memory, lengths, plan
 from emu35.training.grpo_prompts import interleave, load_prompts, world_prompts
 from emu35.training.grpo_recipe import GRPORecipe
 from emu35.training.recipe import _build, load_recipe
-from emu35.training.rewards import RewardMix, SampleReward
+from emu35.training.rewards import Component, RewardMix, SampleReward
 from emu35.training.shapes import Meaning, Question
 from emu35.training.shapes.edits import EditMeaning
 from emu35.training.train import train
@@ -46,6 +47,14 @@ def red(prompts, completions, images, texts, **columns):
 
 
 red.name, red.range = "red", (0.0, 1.0)
+
+
+def red_images(prompts, completions, images, texts, **columns):
+    """Answers without images are all worth the same."""
+    return red(prompts, completions, images, [""] * len(texts), **columns)
+
+
+red_images.name, red_images.range = "red_images", (0.0, 1.0)
 
 
 def too_few(prompts, completions, **columns):
@@ -74,6 +83,9 @@ class Brightest(SampleReward):
 
     def scores(self, samples):
         return [float(np.asarray(sample.images[0]).max()) for sample in samples]
+
+
+LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -241,20 +253,27 @@ def test_a_killed_run_gives_the_same_curve(make_recipe, finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_two_processes_do_what_one_does(make_recipe, tmp_path, loss_type):
-    changes = {"loss_type": loss_type, "rollouts_per_step": 24, "learning_rate": 1e-3, "steps": 3}
-    one = run(make_recipe(**changes), tmp_path / "one")
-    two = run(make_recipe(**changes, processes=2), tmp_path / "two")
+@pytest.mark.parametrize(
+    ("changes", "reward"),
+    [
+        ({}, "red"),
+        ({"loss_type": "dapo"}, "red_images"),  # one process has less to learn from than the other
+        ({"lora": LORA, "beta": 0.1, "gradient_checkpointing": True}, "red"),
+    ],
+)
+def test_two_processes_do_what_one_does(make_recipe, tmp_path, changes, reward):
+    changes = {"rollouts_per_step": 24, "learning_rate": 1e-3, "steps": 3, **changes}
+    one = run(make_recipe(**changes), tmp_path / "one", globals()[reward])
+    two = run(make_recipe(**changes, processes=2), tmp_path / "two", globals()[reward])
+    names = {"reward", "entropy/visual", "entropy/text", "grad_norm", "reward/x2i", "equal_groups/vqa", "num_tokens"}
     for expected, found in zip(one, two, strict=True):
-        for name in ("reward", "entropy/visual", "entropy/text", "grad_norm", "reward/x2i", "num_tokens"):
+        assert expected.keys() == found.keys()
+        for name in names & expected.keys():
             assert found[name] == pytest.approx(expected[name], rel=1e-3), name
-    weights = [load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two")]
+    file = "adapter_model.safetensors" if "lora" in changes else "model.safetensors"
+    weights = [load_file(tmp_path / name / "export" / file) for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=2e-3, rtol=0)
-
-
-LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
 
 
 def test_an_adapter_stays_near_the_model_without_it(make_recipe, checkpoint, tiny_processor, tmp_path, monkeypatch):
@@ -527,7 +546,7 @@ def test_recipes_that_cannot_work(make_recipe, changes, message):
         ({"micro_batch": 12, "processes": 2}, "`micro_batch`=12 times the number of processes, 2"),
         ({"rewards": [{"reward": "WorldRewards"}]}, "Did you mean 'WorldReward'"),
         ({"rewards": [{"reward": f"{__name__}:blue"}]}, "cannot import"),
-        ({"rewards": [{"reward": "WorldReward", "arguments": {"mark": 1}}]}, "WorldReward does not take"),
+        ({"rewards": [{"reward": "WorldReward", "arguments": {"mark": 1}}]}, "WorldReward: unknown key 'mark'. Did you mean 'marks'"),
         ({"rewards": [{"reward": "WorldReward", "tasks": ["t2i"]}]}, "No reward counts for the task 'vqa'"),
         ({"rewards": [{"reward": "Preservation"}]}, "'preservation' needs the column `reference_images`; there are: "),
         ({"rewards": [{"reward": f"{__name__}:colourful"}]}, "'colourful' needs the column `colour`"),
@@ -598,19 +617,48 @@ def test_rewards_of_the_recipe(make_recipe):
     ]
 
 
+def test_a_mix_of_one_s_own_is_checked_as_the_recipe_s(make_recipe, tmp_path):
+    only_edits = RewardMix([Component(red, tasks=["x2i"])])
+    with pytest.raises(ValueError, match="No reward counts for the task 't2i'"):
+        run(make_recipe(), tmp_path, rewards=only_edits)
+    with pytest.raises(ValueError, match=r"'too_much' returned 1\.5"):
+        run(make_recipe(), tmp_path, rewards=[red, RewardMix([too_much])])
+
+
+class Heavy(SampleReward):
+    """Has weights, and a range that its values are not in."""
+
+    name, needs = "heavy", ()
+
+    def load(self):
+        self.weights = 2.0
+
+    def scores(self, samples):
+        return [self.weights] * len(samples)
+
+
+def test_rewards_with_weights_are_asked_before_anything_is_drawn(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "draw_answers", lambda *args: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match=r"'heavy' returned 2\.0"):
+        run(make_recipe(rewards=[{"reward": f"{__name__}:Heavy"}]), tmp_path)
+
+
+def test_a_model_without_eyes_cannot_be_trained_on_pictures(make_recipe, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "blind")
+    config = json.loads((tmp_path / "blind" / "config.json").read_text())
+    (tmp_path / "blind" / "config.json").write_text(json.dumps({**config, "vision_tokenizer_config": None}))
+    with pytest.raises(ValueError, match=r"answers to 't2i' have images, and .* has no vision tokenizer"):
+        run(make_recipe(model=str(tmp_path / "blind")), tmp_path / "run")
+
+
 def test_groups_with_equal_rewards_do_not_move_the_model(make_recipe, checkpoint, tmp_path):
-    log = run(make_recipe(steps=1), tmp_path, rewards=lambda prompts, completions, **columns: [0.3] * len(prompts))
+    # The mean of 8 such numbers is another one in float32, which less next to no deviation is an advantage of 0.01.
+    recipe = make_recipe(steps=1, group_size=8, rollouts_per_step=24, micro_batch=8)
+    log = run(recipe, tmp_path, rewards=lambda prompts, completions, **columns: [8.5333] * len(prompts))
     assert log[0]["equal_groups/t2i"] == log[0]["frac_reward_zero_std"] == 1
+    assert log[0]["grad_norm"] == 0 and "entropy/visual" not in log[0]
     before, after = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "export"))
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def red_images(prompts, completions, images, texts, **columns):
-    """Answers without images are all worth the same."""
-    return red(prompts, completions, images, [""] * len(texts), **columns)
-
-
-red_images.name, red_images.range = "red_images", (0.0, 1.0)
 
 
 @pytest.mark.parametrize("changes", [{}, {"updates_per_rollout": 2, "steps": 2}, {"loss_type": "dapo"}])
@@ -644,6 +692,17 @@ def test_answers_without_an_advantage_are_not_computed_and_that_changes_nothing(
     for mine, theirs in zip(skipped, whole, strict=True):
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)  # other shapes of matrix products
         assert mine["clip_ratio/region_mean"] == pytest.approx(theirs["clip_ratio/region_mean"])
+
+
+def test_a_finished_run_makes_no_step_more(make_recipe, tmp_path):
+    rows = [{"prompt": f"number {number}", "task": "t2i"} for number in range(9)]  # more than the steps need
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = make_recipe(steps=2, prompts={"path": str(tmp_path / "prompts.jsonl")})
+    log = run(recipe, tmp_path / "run")
+    before = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert run(recipe, tmp_path / "run") == log
+    after = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_trainer_is_trl_s(make_recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from collections import defaultdict
 
 import pytest
 from emu35.training.rewards import Component, Reward, RewardMix, SampleReward
@@ -41,6 +42,10 @@ def make(name="half", low=0.0, high=1.0, value=0.5):
 
     reward.name, reward.range, reward.seen = name, (low, high), []
     return reward
+
+
+def appending(metrics):
+    return lambda name, value: metrics[name].append(value)
 
 
 def gray(level):
@@ -150,10 +155,12 @@ def test_without_tasks_only_rewards_for_all_count():
 
 
 def test_components_are_logged_as_trl_takes_them():
-    metrics, extra = {}, {}
+    metrics, extra = defaultdict(list), {}
     mix = RewardMix([make("gaps", value=lambda prompts, _: [1.0, None]), Component(make("other"), tasks=["x2i"])])
-    mix(["a", "b"], ["", ""], task=["t2i"] * 2, log_metric=metrics.__setitem__, log_extra=extra.__setitem__)
-    assert metrics == {"rewards/gaps/mean": 10.0, "rewards/gaps/missing": 0.5, "rewards/gaps/failed": 0.0}
+    mix(["a", "b"], ["", ""], task=["t2i"] * 2, log_metric=appending(metrics), log_extra=extra.__setitem__)
+    # One value for each sample: TRL takes the mean over those of all processes.
+    names = {"rewards/gaps/mean": [10.0], "rewards/gaps/missing": [1.0, 0.0], "rewards/gaps/failed": [0.0, 0.0]}
+    assert metrics == names
     assert extra == {"gaps": [10.0, None], "other": [None, None]}
 
 
@@ -173,12 +180,12 @@ def test_a_function_that_raises_is_kept_to_its_sample_too(caplog):
 
     fails = make("fails", value=lambda prompts, columns: [][0])
     mix = RewardMix([make("price", value=price), make("half"), fails])
-    metrics = {}
+    metrics = defaultdict(list)
     with caplog.at_level(logging.WARNING):
-        assert mix(["ab", "", "a"], [""] * 3, log_metric=metrics.__setitem__) == [5.5, 5.5, 7.75]
+        assert mix(["ab", "", "a"], [""] * 3, log_metric=appending(metrics)) == [5.5, 5.5, 7.75]
     reports = [mix.report[name] for name in ("price", "half", "fails")]
     assert [(one.num_missing, one.num_failures) for one in reports] == [(1, 1), (0, 0), (3, 3)]
-    assert metrics["rewards/price/failed"] == pytest.approx(1 / 3)
+    assert sorted(metrics["rewards/price/failed"]) == [0, 0, 1]
     assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError, IndexError, IndexError]
 
 
@@ -207,7 +214,15 @@ def test_what_rounding_adds_to_a_range_is_cut_off():
     assert RewardMix([make(value=1 + 1e-7)])(["p"], [""]) == [10.0]
 
 
-@pytest.mark.parametrize("value", [1.01, -0.5, float("nan"), float("inf")])
+def test_a_function_that_returns_nan_has_failed_on_that_sample(caplog):
+    mix = RewardMix([make(value=lambda prompts, _: [0.5, float("nan")]), make("other", value=1.0)])
+    with caplog.at_level(logging.WARNING):
+        assert mix(["p", "q"], ["", ""]) == [7.75, 10.0]
+    assert (mix.report["half"].num_missing, mix.report["half"].num_failures) == (1, 1)
+    assert "'half' failed" in caplog.text
+
+
+@pytest.mark.parametrize("value", [1.01, -0.5, float("inf")])
 def test_a_value_out_of_range_names_reward_value_and_way_out(value):
     with pytest.raises(ValueError, match=rf"'half' returned {value} \(value 1\), out of its range \[0.0, 1.0\]. Corr"):
         RewardMix([make(value=lambda prompts, _: [0.5, value])])(["p", "q"], ["", ""])
@@ -262,6 +277,33 @@ def test_tasks_are_checked_before_training():
         mix.check_tasks(["t2i", "x2i", "vqa"])
     with pytest.raises(ValueError, match="'half' is for the tasks x2i, which are none of the data's: t2i"):
         mix.check_tasks(["t2i"])
+
+
+def test_a_rehearsal_finds_what_no_sample_would_mend():
+    def misspelt(prompts, completions, **columns):
+        return [leng(prompt) for prompt in prompts]  # noqa: F821
+
+    def unpacked(prompts, completions, **columns):
+        import a_package_that_is_not_there
+
+        return a_package_that_is_not_there.score(prompts)
+
+    class Slip(Brightness):
+        name, needs = "slip", ()
+
+        def score(self, sample):
+            return nothing  # noqa: F821
+
+    for function in (misspelt, unpacked):
+        function.name, function.range = "mine", (0.0, 1.0)
+    for reward, message in ((misspelt, "leng"), (unpacked, "a_package_that_is_not_there")):
+        with pytest.raises(ValueError, match=rf"'mine' cannot work: .*{message}"):
+            RewardMix([make(), reward]).rehearse(["p"], [""])
+    RewardMix([Slip()]).rehearse(["p"], [""])  # it has weights, and is asked when they are loaded
+    with pytest.raises(ValueError, match=r"'slip' cannot work: .*nothing"):
+        RewardMix([make(), Slip()]).rehearse(["p"], [""], loaded=True)
+    failing = make(value=lambda prompts, _: 1 / 0)  # may be the blank picture's fault
+    RewardMix([failing]).rehearse(["p"], [""])
 
 
 def test_load_loads_every_reward_and_the_mix_pickles():

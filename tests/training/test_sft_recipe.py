@@ -1,6 +1,7 @@
 """Fine-tuning recipes: what is refused, and the memory that is worked out."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,22 @@ def test_what_does_not_fit_is_said():
 def test_a_row_must_fit_the_context():
     with pytest.raises(ValueError, match="`row_length`=2048 is more than the model's context, 1024"):
         plan(recipe_from_dict({**VALUES, "row_length": 2048}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": ["a red fox", " "]}, "`samples` must be prompts with words in them"),
+        (
+            {"lora": {"quantization": "nf4"}, "hardware": {"sharding": "zero3"}},
+            "`lora.quantization`='nf4' cannot be sharded with zero3",
+        ),
+        (
+            {"optimizer": {"name": "paged_adamw_8bit"}, "hardware": {"sharding": "zero3"}},
+            "`optimizer.name`='paged_adamw_8bit' would become DeepSpeed's own with zero3",
+        ),
+    ],
+)
+def test_what_does_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        recipe_from_dict({**VALUES, **changes})

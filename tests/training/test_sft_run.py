@@ -17,6 +17,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from emu35 import TINY, Emu35ForConditionalGeneration, Emu35GenerationConfig, cli
+from emu35.modeling_emu35_vision_tokenizer import Emu35VisionTokenizer
 from emu35.pipelines import Emu35Pipeline
 from emu35.training.checkpointing import read_log
 from emu35.training.data import prepare
@@ -207,6 +208,63 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, run, tmp_path):
     assert losses(tmp_path) == losses(folder)
     again, before = (load_file(path / "adapter_model.safetensors") for path in (exported, folder / "export"))
     assert all(torch.equal(again[name], before[name]) for name in before) and again.keys() == before.keys()
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "dropout": 0.2}, None])
+def test_a_finished_run_makes_no_step_more(run, tmp_path, lora):
+    exported = run(tmp_path, lora=lora)
+    file = exported / ("model.safetensors" if lora is None else "adapter_model.safetensors")
+    before, steps = load_file(file), losses(tmp_path)
+    shutil.rmtree(exported)  # as if it had been killed between the last checkpoint and the export
+    run(tmp_path, lora=lora)
+    after = load_file(file)
+    assert losses(tmp_path) == steps
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert {path.name for path in (tmp_path / "sft").glob("checkpoint-*")} == {"checkpoint-2", f"checkpoint-{STEPS}"}
+
+
+def test_a_checkpoint_of_a_full_run_loads_and_draws(run, base, tmp_path):
+    run(tmp_path, lora=None)
+    checkpoint = tmp_path / "sft" / "checkpoint-2"
+    assert Emu35ForConditionalGeneration.from_pretrained(checkpoint).vision_tokenizer is None
+    eyes = Emu35VisionTokenizer.from_pretrained(base / "model")
+    model = Emu35ForConditionalGeneration.from_pretrained(checkpoint, vision_tokenizer=eyes)
+    exported = Emu35ForConditionalGeneration.from_pretrained(tmp_path / "export")
+    for name, tensor in exported.vision_tokenizer.state_dict().items():
+        assert torch.equal(model.vision_tokenizer.state_dict()[name], tensor)
+
+
+def test_what_accelerate_was_told_must_go_with_the_recipe(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"mixed precision bf16, and the recipe says `bf16: false`.*_precision no"):
+        run(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"`lora\.quantization`='nf4' cannot be sharded with fsdp2"):
+        run(tmp_path, lora={"rank": 4, "quantization": "nf4"})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="several processes cannot start anew together"):
+        run(tmp_path, resume=False)
+
+
+def test_what_would_end_a_run_late_ends_it_early(run, base, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    def refuse(self, name, **options):
+        raise OSError("no token")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(ValueError, match="`push_to_hub`: 'me/mine' cannot be written: no token"):
+        run(tmp_path, push_to_hub="me/mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"`export_dir`=.* must be a folder"):
+        run(tmp_path, export_dir=str(tmp_path / "file"))
+    shutil.copytree(base / "model", tmp_path / "blind")
+    config = json.loads((tmp_path / "blind" / "config.json").read_text())
+    (tmp_path / "blind" / "config.json").write_text(json.dumps({**config, "vision_tokenizer_config": None}))
+    with pytest.raises(ValueError, match=r"`samples`: .* has no vision tokenizer to draw them with"):
+        run(tmp_path, model=str(tmp_path / "blind"), samples=["a red fox"])
+    assert not list((tmp_path / "sft").glob("checkpoint-*"))
 
 
 def test_a_folder_belongs_to_one_recipe(finished, run):

@@ -16,6 +16,7 @@ ROWS = [
     ([7, 8], [15, 16, 17, 24]),  # differs in the last token, which is not there
     ([1, 2, 3, 4, 5], [11, 12, 13]),  # said before
     ([9, 9, 9, 9, 9, 9, 9], [22, 23]),  # to another prompt
+    ([1, 2, 3, 4, 5, 11], [12, 25]),  # a prompt that is another one and the beginning of its answer
 ]
 
 
@@ -35,7 +36,9 @@ def test_each_prompt_and_answer_is_there_once_and_last_tokens_are_not():
     ids, mask, kinds = batch()
     shared = SharedPrompts(ids, mask, kinds.shape[1])
     found, positions = shared.input_ids[0].tolist(), shared.position_ids[0].tolist()
-    assert sorted(found) == sorted([1, 2, 3, 4, 5, 7, 8, *[9] * 13, 11, 12, 15, 16, 17, 19, 22, 22])
+    assert sorted(found) == sorted(
+        [1, 2, 3, 4, 5, 7, 8, *[9] * 13, 11, 12, 15, 16, 17, 19, 22, 22, 1, 2, 3, 4, 5, 11, 12]
+    )
     assert positions[found.index(8)] == 1 and positions[found.index(12)] == 6 and positions[found.index(17)] == 4
     for row, (prompt, answer) in enumerate(ROWS):
         assert shared.input_ids[0, shared.before[row, : len(answer)]].tolist() == [prompt[-1], *answer[:-1]]

@@ -62,12 +62,14 @@ class SampleReward(ABC):
     Attributes:
         needs (`tuple[str, ...]`): columns without which there is no reward. A sample with `None` in one gets `None`.
         num_failures (`int`): samples that failed so far.
+        last_failure (`Exception`, *optional*): of the last of them.
     """
 
     name: str
     range: tuple[float, float] = (0.0, 1.0)
     needs: tuple[str, ...] = ("images",)
     num_failures: int = 0
+    last_failure: Exception | None = None
 
     @property
     def __name__(self) -> str:  # TRL's name of a reward
@@ -131,6 +133,7 @@ class SampleReward(ABC):
 
     def _count(self, error: Exception):
         self.num_failures += 1
+        self.last_failure = error
         log_failure(self.name, self.num_failures, error)
 
 

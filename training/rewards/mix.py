@@ -1,7 +1,7 @@
 """Several rewards as one number: each brought to [1, 10], then the weighted mean."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from numbers import Real
@@ -125,6 +125,7 @@ class RewardMix:
             )
         self.report: dict[str, ComponentReport] = {}
         self._failures: Counter[str] = Counter()
+        self._last_failures: dict[str, Exception] = {}
 
     def load(self) -> None:
         """Loads the weights of all rewards, so that a missing one is found before training starts."""
@@ -159,11 +160,21 @@ class RewardMix:
                     f"{', '.join(sorted(columns))}. Add it to the prompts, or take the reward out."
                 )
 
-    def rehearse(self, prompts: list, completions: list, **columns: Any) -> None:
-        """A first call of the rewards that have nothing to load, for what it may raise, see [`__call__`]."""
-        light = [one for one in self.components if not _loads(one.reward)]
-        if light:
-            RewardMix(light)(prompts, completions, **columns)
+    def rehearse(self, prompts: list, completions: list, loaded: bool = False, **columns: Any) -> None:
+        """A first call, for what it may raise, see [`__call__`]; of the rewards that have something to load, or not.
+
+        Raises:
+            ValueError: if a reward uses a name or a package that is not there, which no other sample would mend.
+        """
+        chosen = [one for one in self.components if _loads(one.reward) == loaded]
+        if not chosen:
+            return
+        mix = RewardMix(chosen)
+        mix(prompts, completions, **columns)
+        for component in chosen:
+            failure = mix._last_failures.get(component.name, getattr(component.reward, "last_failure", None))
+            if isinstance(failure, (NameError, ImportError)):
+                raise ValueError(f"The reward {component.name!r} cannot work: {failure!r}.") from failure
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
         """
@@ -206,13 +217,14 @@ class RewardMix:
 
         def failed(error: Exception):
             self._failures[component.name] += 1
+            self._last_failures[component.name] = error
             log_failure(component.name, self._failures[component.name], error)
 
         if isinstance(component.reward, SampleReward):  # what it raises is wrong with the set-up
             attempts = [(chosen, score(chosen))] if chosen else []
         else:
             attempts = attempt(score, chosen, failed) if chosen else []
-        raw = [value for indices, found in attempts for value in _checked(component, found, len(indices))]
+        raw = [value for indices, found in attempts for value in _checked(component, found, len(indices), failed)]
         for index, value in zip(chosen, raw, strict=True):
             values[index] = None if value is None else component.normalise(value)
         known = [value for value in raw if value is not None]
@@ -231,11 +243,13 @@ class RewardMix:
     def _log(self, columns: dict) -> None:
         log_metric, log_extra = columns.get("log_metric"), columns.get("log_extra")
         for name, report in self.report.items():
-            if log_metric is not None and report.num_samples:
-                log_metric(f"rewards/{name}/missing", report.num_missing / report.num_samples)
-                log_metric(f"rewards/{name}/failed", report.num_failures / report.num_samples)
-                if report.mean is not None:
-                    log_metric(f"rewards/{name}/mean", report.mean)
+            if log_metric is not None:  # one by one: TRL takes the mean over all processes, which have unlike numbers
+                for number in range(report.num_samples):
+                    log_metric(f"rewards/{name}/missing", float(number < report.num_missing))
+                    log_metric(f"rewards/{name}/failed", float(number < report.num_failures))
+                for value in report.values:
+                    if value is not None:
+                        log_metric(f"rewards/{name}/mean", value)
             if log_extra is not None:
                 log_extra(name, list(report.values))
 
@@ -253,8 +267,10 @@ def _loads(reward: Reward) -> bool:
     return isinstance(reward, SampleReward) and type(reward).load is not SampleReward.load
 
 
-def _checked(component: Component, values: Any, length: int) -> list[float | None]:
-    """What a reward returned, as floats."""
+def _checked(
+    component: Component, values: Any, length: int, failed: Callable[[Exception], None]
+) -> list[float | None]:
+    """What a reward returned, as floats; `failed` is told of what is not a number (NaN)."""
     name, (low, high) = component.name, component.reward.range
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"The reward {name!r} must return a list, got {type(values).__name__}.")
@@ -270,6 +286,9 @@ def _checked(component: Component, values: Any, length: int) -> list[float | Non
             raise TypeError(
                 f"The reward {name!r} returned {value!r} (value {index}), which is no number. Return floats or None."
             )
+        if value is not None and value != value:
+            failed(ArithmeticError(f"the reward {name!r} returned {value!r} (value {index})"))
+            value = None
         if value is not None and not low - slack <= value <= high + slack:
             raise ValueError(
                 f"The reward {name!r} returned {value!r} (value {index}), out of its range [{low}, {high}]. Correct "
