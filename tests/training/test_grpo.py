@@ -546,7 +546,10 @@ def test_recipes_that_cannot_work(make_recipe, changes, message):
         ({"micro_batch": 12, "processes": 2}, "`micro_batch`=12 times the number of processes, 2"),
         ({"rewards": [{"reward": "WorldRewards"}]}, "Did you mean 'WorldReward'"),
         ({"rewards": [{"reward": f"{__name__}:blue"}]}, "cannot import"),
-        ({"rewards": [{"reward": "WorldReward", "arguments": {"mark": 1}}]}, "WorldReward: unknown key 'mark'. Did you mean 'marks'"),
+        (
+            {"rewards": [{"reward": "WorldReward", "arguments": {"mark": 1}}]},
+            "unknown key 'mark'. Did you mean 'marks'",
+        ),
         ({"rewards": [{"reward": "WorldReward", "tasks": ["t2i"]}]}, "No reward counts for the task 'vqa'"),
         ({"rewards": [{"reward": "Preservation"}]}, "'preservation' needs the column `reference_images`; there are: "),
         ({"rewards": [{"reward": f"{__name__}:colourful"}]}, "'colourful' needs the column `colour`"),
