@@ -97,6 +97,32 @@ def test_without_gradients_nothing_is_computed_twice(tiny_model, batch, monkeypa
     assert len(calls) == num_chunks
 
 
+@pytest.mark.parametrize("answers", [0, 12])
+def test_under_zero3_all_processes_make_as_many_passes_through_the_head(tiny_model, batch, monkeypatch, answers):
+    """Each pass gathers its weights from all of them; one with fewer answers would leave the others waiting."""
+    monkeypatch.setattr(package, "LOSS_CHUNK_BYTES", 4 * 7 * tiny_model.config.text_config.vocab_size)
+    ids, labels = batch[0], torch.full_like(batch[0], -100)
+    labels[0, 1 : 1 + answers] = ids[0, 1 : 1 + answers]
+    expected = tiny_model(ids, labels=labels).loss
+    monkeypatch.setattr(package, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(package.dist, "is_initialized", lambda: True)
+    found = []
+
+    def all_reduce(tensor, operation):
+        assert operation == torch.distributed.ReduceOp.MAX
+        found.append(int(tensor))
+        tensor.fill_(5)
+
+    monkeypatch.setattr(package.dist, "all_reduce", all_reduce)
+    calls = []
+    tiny_model.lm_head.register_forward_hook(lambda *_: calls.append(None))
+    loss = tiny_model(ids, labels=labels).loss
+    assert (found, len(calls)) == ([1 if not answers else 2], 5)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    assert len(calls) == 10  # each is computed again
+
+
 def test_half_precision(tiny_model, batch):
     expected = plain_loss(tiny_model, *batch).item()
     loss = tiny_model.to(torch.bfloat16)(batch[0], labels=batch[1]).loss

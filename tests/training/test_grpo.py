@@ -382,6 +382,16 @@ def test_prompts_of_a_file(make_recipe, tmp_path):
     assert rows[0]["prompt"] == [{"role": "user", "content": [{"type": "text", "text": "a red fox"}]}]
 
 
+def test_rows_of_a_group_share_one_prompt_of_a_file(make_recipe, tmp_path):
+    """`draw_answers` encodes the images of one object once."""
+    rows = [{"prompt": [{"role": "user", "content": f"number {number}"}], "task": "t2i"} for number in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = load_prompts(make_recipe(prompts={"path": str(tmp_path / "prompts.jsonl")}))
+    first, again, other, more = (row["prompt"] for row in prompts.__getitems__([0, 0, 1, 1]))
+    assert first is again and other is more
+    assert [first, other] == [rows[0]["prompt"], rows[1]["prompt"]]
+
+
 @pytest.mark.parametrize(
     ("number", "more", "message"),
     [
