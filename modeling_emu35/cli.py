@@ -616,7 +616,9 @@ def _prepare(args: argparse.Namespace):
     found = prepare(args.data, folder, vision_tokenizer, processor, rows_per_shard=args.rows_per_file, **options)
     print(f"{folder}: {_count(found['examples'], 'example')}, {_count(found['tokens'], 'token')}, {found['tasks']}")
     if found["left_out"]:
-        print(f"{_count(found['left_out'], 'row')} left out: {folder / 'report.jsonl'} tells why", file=sys.stderr)
+        report = folder / "report.jsonl"
+        when = "" if report.is_file() else ", once all processes have ended"
+        print(f"{_count(found['left_out'], 'row')} left out: {report} tells why{when}", file=sys.stderr)
 
 
 def _train(args: argparse.Namespace):

@@ -148,3 +148,47 @@ def test_the_limit_leaves_long_rows_out(run, tmp_path):
     assert summary["examples"] == 0 and summary["left_out"] == 7
     with pytest.raises(ValueError, match=r"has no examples; .*report.jsonl tells why"):
         PreparedRows(tmp_path / "out")
+
+
+def test_a_broken_image_inside_of_messages_is_a_bad_row(run, data, tmp_path):
+    import datasets
+
+    item = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    message = {"role": datasets.Value("string"), "content": datasets.List(item)}
+    rows = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": {"bytes": image}}, {"type": "text", "text": "what colour?"}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+        ]
+        for image in ((data / f"{index}.png").read_bytes() for index in (2, 3, 4))
+    ]
+    features = datasets.Features({"messages": datasets.List(message)})
+    datasets.Dataset.from_dict({"messages": rows}, features=features).save_to_disk(tmp_path / "saved")
+    summary = run(data=tmp_path / "saved")
+    assert summary["examples"] == 2 and summary["tasks"] == {"vqa": 2}
+    report = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in report] == [1] and "is not an image file" in report[0]["reason"]
+    before = (tmp_path / "out" / "shard-00000.parquet").stat().st_mtime_ns
+    assert run(data=tmp_path / "saved") == summary  # rows are known again
+    assert (tmp_path / "out" / "shard-00000.parquet").stat().st_mtime_ns == before
+
+
+def test_a_shard_that_another_process_deletes_is_not_missed(run, tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    whole = run()
+    report, read = (tmp_path / "out" / "report.jsonl").read_text(), pyarrow.parquet.read_table
+
+    def delete_first(path, **options):
+        if path.name == "shard-00001.parquet":
+            path.unlink()
+        return read(path, **options)
+
+    monkeypatch.setattr(pyarrow.parquet, "read_table", delete_first)
+    assert run()["examples"] == whole["examples"] - 1
+    assert (tmp_path / "out" / "report.jsonl").read_text() == report
+    monkeypatch.undo()
+    assert run() == whole

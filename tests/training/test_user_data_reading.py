@@ -119,10 +119,97 @@ def test_messages_take_images_from_their_column_in_order(folder):
     found, task = to_messages(read_rows(path)[0])
     assert task == "story"
     assert found[1]["content"][1:] == [image_item(str(folder / name)) for name in ("a.png", "b.png")]
-    with pytest.raises(ValueError, match="more images without a source than `images` has: 1"):
-        to_messages({"messages": messages, "images": ["a.png"]})
-    with pytest.raises(ValueError, match="has 3 images, but `messages` have a place for 2"):
-        to_messages({"messages": messages, "images": ["a.png"] * 3})
+    for given in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"the row has {given} images, but places for 2"):
+            to_messages({"messages": messages, "images": ["a.png"] * given})
+
+
+def test_images_without_a_place_are_not_dropped():
+    def row(question, **images):
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "red"}], **images}
+
+    for images in ({"images": ["a.png"]}, {"image": "a.png"}):
+        with pytest.raises(ValueError, match="the row has 1 images, but places for 0"):
+            to_messages(row("what colour?", **images))
+    with pytest.raises(ValueError, match="Give one of them"):
+        to_messages(row("<image>", image="a.png", images=["a.png"]))
+    own = row([image_item("a.png"), "what colour is <image>?"], images=["a.png"])
+    assert to_messages(own)[0] == own["messages"]
+    assert to_messages(row("what colour?", images=[]))[1] == "chat"
+
+
+def test_a_marker_in_the_text_of_a_user_is_a_place():
+    a, b = image_item("a.png"), image_item("b.png")
+    for text, content in (
+        ("<image>\nwhat colour?", [a, "what colour?"]),
+        ("compare <image> with <image>.", ["compare ", a, " with ", b, "."]),
+        ([{"type": "text", "text": "what colour?\n<image>"}], ["what colour?", a]),
+    ):
+        row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "it says <image>"}]}
+        images = ["a.png", "b.png"][: sum(isinstance(item, dict) for item in content)]
+        messages, task = to_messages({**row, "images": images})
+        assert messages == [{"role": "user", "content": content}, row["messages"][1]] and task == "vqa"
+        assert to_messages(row)[0] == row["messages"]  # without a column of images it is text like any other
+        for wrong in ([*images, "c.png"], images[1:], None):
+            with pytest.raises(ValueError, match=f"the row has {len(wrong or [])} images, but places for"):
+                to_messages({**row, "images": wrong})
+    asked = to_messages({"question": "<image>\nwhat colour?", "image": "a.png", "answer": "red"})[0][0]
+    assert asked["content"] == [a, "what colour?"]
+    drawn = to_messages({"text": "a page that says <image>", "image": "a.png"})[0][0]
+    assert drawn["content"] == ["a page that says <image>"]
+
+
+@pytest.mark.parametrize(
+    ("column", "near"),
+    [
+        *(("imgae", "image"), ("img", "image"), ("Image", "image"), ("picture", "image"), ("photos", "images")),
+        *(("image_path", "image"), ("input_img", "input_image")),
+    ],
+)
+def test_a_column_of_images_with_a_wrong_name_is_not_dropped(column, near):
+    talk = [{"role": "user", "content": "what colour?"}, {"role": "assistant", "content": "red"}]
+    for row in ({"question": "what colour?", "answer": "red"}, {"messages": talk}):
+        with pytest.raises(ValueError, match=f"'{column}' for '{near}'"):
+            to_messages({**row, column: "a.png"})
+
+
+def test_all_columns_of_images_are_read_and_other_columns_may_be_there():
+    question, edit = {"question": "how many?", "answer": "two"}, {"instruction": "make it blue", "image": "a.png"}
+    for row, reason in (
+        ({**question, "input_image": "a.png"}, "nothing shows the images of `input_image`"),
+        ({"text": "a fox", "image": "a.png", "input_image": "b.png"}, "nothing shows the images of `input_image`"),
+        ({"text": "a fox", "image": "a.png", "input_img": "b.png"}, "'input_img' for 'input_image'"),
+        ({**edit, "input_image": "b.png", "images": ["c.png"]}, "nothing shows the images of `images`"),
+        ({**edit, "text": "a fox"}, "`instruction` needs the column `input_image`"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            to_messages(row)
+    others = {"image_id": "7", "image_path": "a.png", "image_size": [8, 8], "question_id": 7, "source": "mine"}
+    assert to_messages({**question, "image": "a.png", **others})[1] == "vqa"
+    assert to_messages({"text": "a fox", "image": "a.png", "images": [], **others})[1] == "t2i"
+    assert to_messages({**question, "num_images": 0, "has_image": False})[1] == "chat"
+
+
+def test_an_answer_may_be_a_number():
+    for answer, said in ((3, "3"), (0, "0"), (2.5, "2.5"), ("three", "three")):
+        assert to_messages({"question": "how many?", "answer": answer})[0][1]["content"] == said
+    for answer in (True, float("nan"), ["two", "three"]):
+        with pytest.raises(ValueError, match="`answer` must be a text or a number, got"):
+            to_messages({"question": "how many?", "answer": answer})
+
+
+def test_files_that_are_not_utf8_are_named(folder):
+    latin = "a fox in a caf\xe9".encode("latin-1")
+    (folder / "a.txt").write_bytes(latin)
+    (folder / "b.txt").write_bytes(b"\xef\xbb\xbfan owl")  # as Notepad saves it
+    bad, good, _ = read_rows(folder)
+    assert good["text"] == "an owl"
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        to_messages(bad)
+    for name in ("rows.jsonl", "rows.json", "rows.csv"):
+        (folder / name).write_bytes(latin)
+        with pytest.raises(ValueError, match=f"{name} is not UTF-8"):
+            read_rows(folder / name)
 
 
 def test_datasets_with_images_in_them_are_not_decoded_before_their_turn(folder):
@@ -137,6 +224,50 @@ def test_datasets_with_images_in_them_are_not_decoded_before_their_turn(folder):
         assert good == (folder / "a.png").read_bytes() and bad == b"no image"
 
 
+def nested(folder, *images, large=False):
+    """A dataset of `datasets` with images inside of messages, saved."""
+    datasets = pytest.importorskip("datasets")
+    many = datasets.LargeList if large else datasets.List
+    item = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    message = {"role": datasets.Value("string"), "content": many(item)}
+    features = datasets.Features({"messages": many(message), "images": many(datasets.Image())})
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red", "image": None}]}
+    shown = [[{"type": "image", "text": None, "image": {"bytes": image, "path": None}}] for image in images]
+    rows = {
+        "messages": [[{"role": "user", "content": content}, answer] for content in shown],
+        "images": [[{"bytes": image, "path": None}] for image in images],
+    }
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder / "saved")
+    return datasets.load_from_disk(folder / "saved")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_images_inside_of_messages_are_not_decoded_either(folder, large):
+    image = (folder / "a.png").read_bytes()
+    nested(folder, image, b"no image", large=large).to_parquet(folder / "rows.parquet")
+    for rows in (read_rows(folder / "saved"), read_rows(folder / "rows.parquet", streaming=True)):
+        rows = list(rows)
+        assert [row["images"][0]["bytes"] for row in rows] == [image, b"no image"]
+        assert [to_messages(row)[0][0]["content"][0]["image"] for row in rows] == [image, b"no image"]
+
+
+def test_a_row_of_a_dataset_that_cannot_be_read_is_a_bad_one(folder):
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": ["a fox", "an owl"], "image": ["a.png"] * 2, "seen": [0, 10**12]}  # no year that Python has
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "image": datasets.Value("string"), "seen": datasets.Value("int64")}
+    )
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.cast_column("seen", datasets.Value("timestamp[s]")).save_to_disk(folder / "saved")
+    good, bad = read_rows(folder / "saved")
+    assert to_messages(good)[1] == "t2i"
+    with pytest.raises(ValueError, match="the row cannot be read: date value out of range"):
+        to_messages(bad)
+
+
+ROLES, SAID = ("user", "assistant") * 2, ("hello", " ", "well?", "yes")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -148,6 +279,14 @@ def test_datasets_with_images_in_them_are_not_decoded_before_their_turn(folder):
             {"messages": [{"content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
             "no ans",
         ),
+        (
+            {"messages": [{"role": role, "content": text} for role, text in zip(ROLES, SAID, strict=True)]},
+            "no answer: message 2 of 4, the assistant's, is empty",
+        ),
+        ({"question": "how many?", "text": "two foxes", "image": "a.png"}, "no answer: there is no column `answer`"),
+        ({"question": "how many?", "anwser": "two"}, "no answer: .* A slip, perhaps: 'anwser' for 'answer'"),
+        ({"prompt": "how many?", "answer": "two", "image": "a.png"}, "no question: there is no column `question`"),
+        ({"instruction": "make it blue", "input_image": "a.png", "text": "a fox"}, "no answer: there is no column"),
         ({"messages": "hello"}, "`messages` must be a list of dicts"),
         ({"captoin": "a fox", "image": "a.png"}, "A slip, perhaps: 'captoin' for 'caption'"),
     ],

@@ -2,7 +2,7 @@
 
     DIR/settings.json         model and settings
     DIR/shard-00000.parquet   input_ids (list of int32), spoken (list of bool), task
-    DIR/report.jsonl          rows that were left out, and why
+    DIR/report.jsonl          rows that were left out, and why; it comes once all shards are there
     DIR/prepared.json         what there is; it comes last
 
 A shard holds a fixed span of rows and appears at once, whole, with a digest of those rows; a run makes the shards that
@@ -232,14 +232,20 @@ def _write_shard(path: Path, span: range, rows: Sequence, write: ExampleWriter, 
 
 
 def _describe(directory: Path, settings: dict[str, Any], number_of_shards: int) -> dict[str, Any]:
-    """Sums up the shards that are there.  Of several processes, the last one to end finds them all, and says so."""
+    """Sums up the shards that are there.  Of several processes, the last one to end finds them all, and says so.
+
+    The others write nothing: a slow one would put its part in the place of the whole.
+    """
     import pyarrow.parquet as pq
 
     summary: dict[str, Any] = {"settings": settings, "examples": 0, "tokens": 0, "longest": 0, "tasks": {}}
-    left_out = []
-    paths = sorted(directory.glob("shard-*.parquet"))
-    for path in paths:
-        table = pq.read_table(path, columns=["task"])
+    left_out, found = [], 0
+    for path in sorted(directory.glob("shard-*.parquet")):
+        try:
+            table = pq.read_table(path, columns=["task"])
+        except FileNotFoundError:  # outdated: the process that makes it anew has deleted it since
+            continue
+        found += 1
         counts = json.loads(table.schema.metadata[b"emu35"])
         summary["examples"] += len(table)
         summary["tokens"] += counts["tokens"]
@@ -248,8 +254,8 @@ def _describe(directory: Path, settings: dict[str, Any], number_of_shards: int) 
             summary["tasks"][task] = summary["tasks"].get(task, 0) + 1
         left_out += counts["left_out"]
     summary["left_out"] = len(left_out)
-    _write_text(directory / "report.jsonl", "".join(json.dumps(one) + "\n" for one in left_out))
-    if len(paths) == number_of_shards:
+    if found == number_of_shards:
+        _write_text(directory / "report.jsonl", "".join(json.dumps(one) + "\n" for one in left_out))
         _write_text(directory / DESCRIPTION, json.dumps(summary, indent=2) + "\n")
     return summary
 
