@@ -82,7 +82,9 @@ def make_tiny_model(make_tiny_config):
     """`make_tiny_model(seed=0, **config)`: a random model whose logits are as spread out as a trained model's."""
 
     def make(seed: int = 0, **config):
-        model = Emu35ForConditionalGeneration(make_tiny_config(**config)).eval()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)  # of the vision tokenizer, which stays as it is initialised
+            model = Emu35ForConditionalGeneration(make_tiny_config(**config)).eval()
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
             if name.startswith("vision_tokenizer.") and not name.endswith("embedding.weight"):

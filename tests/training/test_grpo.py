@@ -207,7 +207,7 @@ def test_stories_and_pictures_in_one_batch(make_recipe, tmp_path):
 def test_rewards_rise(make_recipe, tmp_path):
     prompts = {"world": {"t2i": 1, "vqa": 1}}
     recipe = make_recipe(
-        steps=20, rollouts_per_step=16, group_size=8, micro_batch=16, prompts=prompts, learning_rate=0.02
+        steps=20, rollouts_per_step=16, group_size=8, micro_batch=16, prompts=prompts, learning_rate=0.01
     )
     log = run(recipe, tmp_path)
     rewards = [record["reward/t2i"] for record in log]
