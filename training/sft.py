@@ -146,7 +146,7 @@ def _check_launch(recipe: SFTRecipe):
             f"{str(recipe.bf16).lower()}`. Start it with --mixed_precision {'bf16' if recipe.bf16 else 'no'}."
         )
     for name, sharding in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero3")):
-        if os.environ.get(name) == "true":
+        if os.environ.get(name) == "true":  # the recipe itself refuses what does not go with that sharding
             dataclasses.replace(recipe, hardware=dataclasses.replace(recipe.hardware, sharding=sharding))
 
 

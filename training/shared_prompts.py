@@ -6,8 +6,8 @@
     prompt 1  answer 2   ──►  prompt 1  answer 1  answer 2  prompt 2  answer 3 ...
     prompt 2  answer 3
 
-An answer sees its prompt and itself. Of 8 short answers to a question about an image, that is little more than an
-eighth of the tokens; nor is anything computed for padding, but in attention.
+An answer sees its prompt and itself. Of 8 short answers to a question about an image, that is a
+sixth of the tokens; nor is anything computed for padding, but in attention.
 """
 
 from collections.abc import Sequence
